@@ -1,0 +1,250 @@
+"""manifest.json: the only thing the runtime knows about a model, and the contract of its graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deepstitch.errors import BundleError, did_you_mean
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "EmbeddingTable",
+    "FileRecord",
+    "Graph",
+    "Manifest",
+    "ModelFacts",
+    "TensorSpec",
+    "VisionFacts",
+    "file_sha256",
+]
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One graph input or output. ``shape`` holds numbers and axis names; ``dtype`` is a numpy dtype name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """One ONNX file of the bundle."""
+
+    file: str
+    opset: int
+    nodes: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """Identity of one file of the bundle."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingTable:
+    """Where the token embedding lies: a tensor ``[vocab, H]`` inside a safetensors file of the bundle."""
+
+    file: str
+    tensor: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What generation has to know about the decoder.
+
+    Attributes:
+        num_deepstack: DeepStack slices per visual row; 0 for a text-only model.
+        eos_token_ids: from generation_config.json; generation stops at any of them.
+        kv_cache_in_place: present tensors may be bound to the memory of the past tensors.
+        batched_continuation: one call may add several tokens to several non-empty rows; where false, the runtime goes
+            row by row.
+        mrope_section: rotary pairs per axis (t, h, w).
+    """
+
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    num_deepstack: int
+    num_parameters: int
+    num_active_parameters: int
+    kv_cache_in_place: bool
+    batched_continuation: bool
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    eos_token_ids: tuple[int, ...]
+    image_token_id: int | None = None
+    video_token_id: int | None = None
+    vision_start_token_id: int | None = None
+    vision_end_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionFacts:
+    """What preprocessing has to know about the vision encoder.
+
+    Attributes:
+        num_grid_per_side: side of the square learned position table.
+        head_dim: width of one attention head; rotary rows have half of it.
+    """
+
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    num_grid_per_side: int
+    head_dim: int
+    rope_theta: float
+    out_hidden_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A whole bundle.
+
+    Attributes:
+        graphs: ``decoder`` and, with vision, ``vision_encoder``.
+        files: every other file of the bundle by its path relative to the folder, with forward slashes.
+        weights: dtype the unquantized weights are stored in.
+        command: the command line that produced the bundle.
+        versions: packages that took part, by name.
+    """
+
+    format_version: int
+    deepstitch_version: str
+    target: str
+    weights: str
+    command: str
+    versions: dict[str, str]
+    model: ModelFacts
+    vision: VisionFacts | None
+    embedding: EmbeddingTable
+    graphs: dict[str, Graph]
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Serialise; the inverse of :meth:`from_json`."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = MANIFEST_NAME) -> Manifest:
+        """Parse and type-check.
+
+        Raises:
+            BundleError: not JSON, another format version, or an unknown, missing or mistyped entry.
+        """
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BundleError(f"{where}: not valid JSON ({error}); export the bundle again") from None
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{where}: format_version is {version!r}, this deepstitch reads {FORMAT_VERSION}; export the bundle again"
+            )
+        return _parse(cls, raw, where)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Manifest:
+        """Read ``manifest.json`` of a bundle folder.
+
+        Raises:
+            BundleError: there is none, or it is not intact.
+        """
+        path = Path(folder) / MANIFEST_NAME
+        try:
+            return cls.from_json(path.read_text("utf-8"), str(path))
+        except FileNotFoundError:
+            hint = "; it looks like a checkpoint: run 'deepstitch export' first" if (Path(folder) / "config.json").is_file() else ""
+            raise BundleError(f"{folder}: not a bundle (no {MANIFEST_NAME}){hint}") from None
+        except (NotADirectoryError, UnicodeDecodeError) as error:
+            raise BundleError(f"{path}: cannot be read ({error})") from None
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """Build ``kind`` (a dataclass, container or scalar annotation) from parsed JSON."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        options = [option for option in arguments if option is not type(None)]
+        chosen = next((option for option in options if isinstance(option, type) and type(value) is option), options[0])
+        return _parse(chosen, value, where)
+    if dataclasses.is_dataclass(kind):
+        return _parse_dataclass(kind, value, where)
+    if origin is tuple:
+        _expect(list, value, where)
+        element = arguments[0] if arguments[-1] is Ellipsis else None
+        if element is None and len(value) != len(arguments):
+            raise BundleError(f"{where}: expected {len(arguments)} entries, found {len(value)}; the manifest was edited")
+        kinds = [element] * len(value) if element is not None else arguments
+        return tuple(_parse(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict:
+        _expect(dict, value, where)
+        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and type(value) is int:
+        value = float(value)
+    _expect(kind, value, where)
+    return value
+
+
+def _expect(kind: type, value: Any, where: str) -> None:
+    if type(value) is not kind:
+        raise BundleError(f"{where}: expected {kind.__name__}, found {value!r}; the manifest was edited, export again")
+
+
+def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
+    _expect(dict, value, where)
+    hints = typing.get_type_hints(kind)
+    for key in value:
+        if key not in hints:
+            raise BundleError(f"{where}: unknown entry '{key}'{did_you_mean(key, hints)}; the manifest was edited, export again")
+    required = {
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    for key in sorted(required - set(value)):
+        raise BundleError(f"{where}: entry '{key}' is missing; the manifest was edited, export again")
+    return kind(**{key: _parse(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+
+
+def file_sha256(path: str | Path, progress: Callable[[int], object] | None = None) -> str:
+    """Hash a file in 4 MiB steps.
+
+    Args:
+        path: the file.
+        progress: called with the number of bytes just hashed.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb", buffering=0) as file:
+        buffer = bytearray(4 << 20)
+        view = memoryview(buffer)
+        while count := file.readinto(view):
+            digest.update(view[:count])
+            if progress is not None:
+                progress(count)
+    return digest.hexdigest()

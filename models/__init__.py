@@ -1,0 +1,23 @@
+"""PyTorch definitions of the supported models, and the reader of their checkpoints."""
+
+from __future__ import annotations
+
+from deepstitch.models.config import SUPPORTED_MODEL_TYPES, ModelConfig, TextConfig, VisionConfig
+
+__all__ = [
+    "SUPPORTED_MODEL_TYPES",
+    "ModelConfig",
+    "TextConfig",
+    "VisionConfig",
+    "build_model",
+    "load_model",
+]
+
+
+def __getattr__(name: str) -> object:
+    # torch is imported only when a model is asked for, so that `inspect` works on a machine without it
+    if name in ("build_model", "load_model"):
+        from deepstitch.models import build
+
+        return getattr(build, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

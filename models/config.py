@@ -1,0 +1,315 @@
+"""What a checkpoint's config.json says, as frozen dataclasses. Unknown keys are refused, never guessed over."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepstitch.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, list_names
+
+__all__ = ["SUPPORTED_MODEL_TYPES", "ModelConfig", "TextConfig", "VisionConfig"]
+
+SUPPORTED_MODEL_TYPES = ("qwen3_vl_moe", "qwen3_vl", "qwen3_moe", "qwen3")
+
+# Keys that do not change what the forward pass computes: training, bookkeeping and generation defaults.
+_INERT_KEYS = frozenset(
+    """_name_or_path add_cross_attention architectures attention_dropout auto_map bad_words_ids begin_suppress_tokens
+    bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample
+    dtype early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder label2id
+    length_penalty max_length max_window_layers min_length model_type no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix
+    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    router_aux_loss_coef sep_token_id sliding_window suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    typical_p use_bfloat16 use_cache""".split()
+)
+
+
+def _take(raw: dict[str, Any], known: frozenset[str], where: str) -> dict[str, Any]:
+    """Return the known keys of a config section; refuse keys that are neither known nor inert."""
+    unknown = set(raw) - known - _INERT_KEYS
+    if unknown:
+        name = sorted(unknown)[0]
+        raise ConfigError(
+            f"{where}: unknown key {list_names(unknown)}{did_you_mean(name, known)}; deepstitch does not know what it "
+            "changes in the model. Remove it if it has no effect on the forward pass"
+        )
+    return {key: value for key, value in raw.items() if key in known}
+
+
+def _require(raw: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
+    missing = [key for key in keys if raw.get(key) is None]
+    if missing:
+        raise ConfigError(f"{where}: missing key {list_names(missing)}; is this the config.json the model was saved with?")
+
+
+def _only(raw: dict[str, Any], key: str, allowed: tuple[Any, ...], where: str) -> None:
+    if key in raw and raw[key] not in allowed:
+        expected = " or ".join(repr(value) for value in allowed)
+        raise UnsupportedError(f"{where}: {key} is {raw[key]!r}, only {expected} is supported")
+
+
+def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """Read both spellings: ``rope_parameters`` (transformers 5) and ``rope_theta`` + ``rope_scaling``."""
+    rope = dict(raw.get("rope_scaling") or {})
+    if raw.get("rope_theta") is not None:
+        rope.setdefault("rope_theta", raw["rope_theta"])
+    rope.update(raw.get("rope_parameters") or {})
+    rope_type = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    # Qwen2-VL wrote the type "mrope" for what is now "default" plus mrope_section.
+    if rope_type not in ("default", "mrope"):
+        raise UnsupportedError(f"{where}: rope type {rope_type!r} is not supported, only 'default'")
+    unknown = set(rope) - {"rope_theta", "mrope_section", "mrope_interleaved"}
+    if unknown:
+        raise UnsupportedError(f"{where}: rope key {list_names(unknown)} is not supported")
+    return rope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextConfig:
+    """The language decoder. Field names are the Hugging Face ones.
+
+    Attributes:
+        mrope_section: rotary pairs per axis (t, h, w), interleaved; ``(head_dim / 2, 0, 0)`` is the text-only rule.
+        num_experts: 0 for a dense model.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+
+    def is_moe_layer(self, layer_index: int) -> bool:
+        """Whether this layer routes to experts (HF: ``decoder_sparse_step`` and ``mlp_only_layers``)."""
+        if self.num_experts == 0 or layer_index in self.mlp_only_layers:
+            return False
+        return (layer_index + 1) % self.decoder_sparse_step == 0
+
+    @classmethod
+    def from_dict(
+        cls, raw: dict[str, Any], *, moe: bool, multimodal: bool, tie_word_embeddings: bool, where: str
+    ) -> TextConfig:
+        """Read a text section of config.json.
+
+        Raises:
+            ConfigError: a key is unknown, missing or contradicts another.
+            UnsupportedError: a value asks for something the decoder does not do.
+        """
+        required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+        moe_keys = ("num_experts_per_tok", "moe_intermediate_size")
+        _require(raw, required + (moe_keys if moe else ("intermediate_size",)), where)
+        known = frozenset(cls.__dataclass_fields__) | {
+            *("rope_scaling", "rope_parameters", "hidden_act", "attention_bias", "use_sliding_window", "layer_types"),
+            "num_local_experts",
+        }
+        values = _take(raw, known, where)
+        rope = _rope(values, where)
+        for key in ("rope_scaling", "rope_parameters", "rope_theta"):
+            values.pop(key, None)
+        _only(values, "hidden_act", ("silu",), where)
+        _only(values, "attention_bias", (False, None), where)
+        _only(values, "use_sliding_window", (False, None), where)
+        if any(kind != "full_attention" for kind in values.get("layer_types") or ()):
+            raise UnsupportedError(f"{where}: layer_types has entries other than 'full_attention'")
+        for key in ("hidden_act", "attention_bias", "use_sliding_window", "layer_types"):
+            values.pop(key, None)
+        local_experts = values.pop("num_local_experts", None)
+        experts = values.get("num_experts") or local_experts or 0
+        if bool(experts) != moe:
+            raise ConfigError(f"{where}: num_experts is {experts}, which contradicts the model type")
+        heads = values["num_attention_heads"]
+        head_dim = values.get("head_dim") or values["hidden_size"] // heads
+        section = tuple(rope.get("mrope_section") or ((24, 20, 20) if multimodal else (head_dim // 2, 0, 0)))
+        if len(section) != 3 or sum(section) != head_dim // 2:
+            raise ConfigError(
+                f"{where}: mrope_section {list(section)} must have three entries that sum to head_dim/2 = {head_dim // 2}"
+            )
+        if multimodal and rope.get("mrope_interleaved") is False:
+            raise UnsupportedError(f"{where}: mrope_interleaved is false; Qwen3-VL checkpoints interleave the axes")
+        values |= {
+            "num_experts": experts,
+            "head_dim": head_dim,
+            "num_key_value_heads": values.get("num_key_value_heads") or heads,
+            "intermediate_size": values.get("intermediate_size") or 0,
+            "mlp_only_layers": tuple(values.get("mlp_only_layers") or ()),
+            "rope_theta": float(rope.get("rope_theta", 500000.0 if multimodal else 10000.0)),
+            "mrope_section": section,
+            "max_position_embeddings": values.get("max_position_embeddings") or 128000,
+            "tie_word_embeddings": tie_word_embeddings,
+        }
+        if multimodal:
+            values["norm_topk_prob"] = True  # Qwen3-VL-MoE always renormalises; its config has no such key
+        elif moe:
+            values.setdefault("norm_topk_prob", False)
+        config = cls(**values)
+        config._check(where)
+        return config
+
+    def _check(self, where: str) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"{where}: {self.num_attention_heads} attention heads are not a multiple of "
+                f"{self.num_key_value_heads} key/value heads"
+            )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ConfigError(f"{where}: num_experts_per_tok {self.num_experts_per_tok} > num_experts {self.num_experts}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig:
+    """The vision encoder. Field names are the Hugging Face ones."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    in_channels: int
+    patch_size: int
+    spatial_merge_size: int
+    temporal_patch_size: int
+    out_hidden_size: int
+    num_position_embeddings: int
+    deepstack_visual_indexes: tuple[int, ...]
+    rope_theta: float = 10000.0
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_width(self) -> int:
+        """Values in one flattened patch: channels * frames * height * width."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], *, where: str) -> VisionConfig:
+        """Read the ``vision_config`` section of config.json.
+
+        Raises:
+            ConfigError: a key is unknown, missing or contradicts another.
+            UnsupportedError: a value asks for something the encoder does not do.
+        """
+        _require(raw, ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size"), where)
+        known = frozenset(cls.__dataclass_fields__) | {"hidden_act", "rope_parameters"}
+        values = _take(raw, known, where)
+        _only(values, "hidden_act", ("gelu_pytorch_tanh",), where)
+        values.pop("hidden_act", None)
+        rope = dict(values.pop("rope_parameters", None) or {})
+        rope_type = rope.get("rope_type", "axial")
+        if rope_type not in ("axial", "default"):
+            raise UnsupportedError(f"{where}: rope type {rope_type!r} is not supported, only 'axial'")
+        defaults = {
+            "in_channels": 3,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": (8, 16, 24),
+            "rope_theta": float(rope.get("rope_theta", 10000.0)),
+        }
+        values = {**defaults, **values}
+        values["deepstack_visual_indexes"] = tuple(values["deepstack_visual_indexes"])
+        config = cls(**values)
+        config._check(where)
+        return config
+
+    def _check(self, where: str) -> None:
+        if round(self.num_position_embeddings**0.5) ** 2 != self.num_position_embeddings:
+            raise ConfigError(f"{where}: num_position_embeddings {self.num_position_embeddings} is not a square")
+        if any(not 0 <= tap < self.depth for tap in self.deepstack_visual_indexes):
+            taps = list(self.deepstack_visual_indexes)
+            raise ConfigError(f"{where}: deepstack_visual_indexes {taps} reach outside the {self.depth} blocks")
+        if self.hidden_size % self.num_heads or self.head_dim % 4:
+            raise ConfigError(f"{where}: hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a multiple of 4")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A whole model: text side, optional vision side, and the token ids that join them."""
+
+    model_type: str
+    text: TextConfig
+    vision: VisionConfig | None = None
+    image_token_id: int | None = None
+    video_token_id: int | None = None
+    vision_start_token_id: int | None = None
+    vision_end_token_id: int | None = None
+
+    @property
+    def num_deepstack(self) -> int:
+        """Decoder layers that receive a DeepStack slice: ``len(deepstack_visual_indexes)``."""
+        return len(self.vision.deepstack_visual_indexes) if self.vision else 0
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], *, where: str = "config.json") -> ModelConfig:
+        """Read a parsed config.json.
+
+        Raises:
+            UnsupportedError: the model type or a value is not supported.
+            ConfigError: a key is unknown, missing or contradictory.
+        """
+        model_type = raw.get("model_type")
+        if model_type not in SUPPORTED_MODEL_TYPES:
+            supported = ", ".join(SUPPORTED_MODEL_TYPES)
+            raise UnsupportedError(f"{where}: model_type {model_type!r} is not supported; supported are {supported}")
+        _only(raw, "quantization_config", (None,), where)
+        moe = "moe" in model_type
+        tied = bool(raw.get("tie_word_embeddings", False))
+        if "vl" not in model_type:
+            text = TextConfig.from_dict(raw, moe=moe, multimodal=False, tie_word_embeddings=tied, where=where)
+            return cls(model_type=model_type, text=text)
+        ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        _require(raw, ("text_config", "vision_config", *ids), where)
+        values = _take(raw, frozenset(("text_config", "vision_config", "quantization_config", *ids)), where)
+        text = TextConfig.from_dict(
+            raw["text_config"], moe=moe, multimodal=True, tie_word_embeddings=tied, where=f"{where} text_config"
+        )
+        vision = VisionConfig.from_dict(raw["vision_config"], where=f"{where} vision_config")
+        config = cls(model_type=model_type, text=text, vision=vision, **{key: values[key] for key in ids})
+        if vision.out_hidden_size != text.hidden_size:
+            raise ConfigError(
+                f"{where}: vision out_hidden_size {vision.out_hidden_size} is not the text hidden_size {text.hidden_size}"
+            )
+        if config.num_deepstack > text.num_hidden_layers:
+            raise ConfigError(
+                f"{where}: {config.num_deepstack} DeepStack taps need as many decoder layers, not {text.num_hidden_layers}"
+            )
+        return config
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> ModelConfig:
+        """Read config.json from a file, or from the checkpoint folder that holds it.
+
+        Raises:
+            CheckpointError: the file is missing or is not JSON.
+        """
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            raw = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: not found; a checkpoint is a folder with config.json and *.safetensors") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path}: expected a JSON object")
+        return cls.from_dict(raw, where=str(path))
