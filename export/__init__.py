@@ -1,1 +1,14 @@
-"""TODO."""
+"""From a checkpoint folder to a bundle: trace, lower, stream the weights, write the manifest."""
+
+from __future__ import annotations
+
+__all__ = ["ExportConfig", "export_checkpoint"]
+
+
+def __getattr__(name: str) -> object:
+    # torch and onnx are imported only when something is exported
+    if name in __all__:
+        from deepstitch.export import exporter
+
+        return getattr(exporter, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from deepstitch.models.config import ModelConfig
 from deepstitch.models.text import Qwen3MoeForCausalLM, Qwen3MoeForCausalLMWithDeepStack
 from deepstitch.models.vl import Qwen3VLMoeForConditionalGeneration
 
-__all__ = ["AnyModel", "build_model", "load_model"]
+__all__ = ["AnyModel", "build_model", "expected_parameters", "load_model"]
 
 AnyModel = Qwen3VLMoeForConditionalGeneration | Qwen3MoeForCausalLM
 
@@ -34,6 +34,13 @@ def build_model(config: ModelConfig, *, language_only: bool = False) -> AnyModel
             if "experts" in name:  # nn.Parameter(torch.empty) is the only thing torch does not initialise itself
                 nn.init.normal_(parameter, std=0.02)
     return model
+
+
+def expected_parameters(config: ModelConfig, *, language_only: bool = False) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all parameters of a model; a tied ``lm_head.weight`` is not among them."""
+    with torch.device("meta"):
+        model = build_model(config, language_only=language_only)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def load_model(

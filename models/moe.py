@@ -48,13 +48,11 @@ class Qwen3MoeSparseMoeBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, S, H]`` to ``[B, S, H]``."""
-        tokens = x.flatten(0, 1)
-        mixed = ops.moe_experts(
-            tokens,
-            self.gate(tokens),
+        return ops.moe_experts(
+            x,
+            self.gate(x),
             self.experts.gate_up_proj,
             self.experts.down_proj,
             self.top_k,
             self.norm_topk_prob,
         )
-        return mixed.view_as(x)

@@ -19,6 +19,7 @@ __all__ = [
     "cached_attention",
     "causal_attention",
     "deepstack_add",
+    "gather_rows",
     "moe_experts",
     "mrope_cos_sin",
     "rms_norm",
@@ -131,11 +132,18 @@ def causal_attention(
 
 
 def cached_attention(
-    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, past_lengths: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_lengths: Tensor,
+    query_lengths: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Grouped-query attention over a static cache: write the new keys and values, then attend causally.
 
-    Key ``j`` is visible to query ``s`` of row ``b`` iff ``j <= past_lengths[b] + s``.
+    Key ``j`` is visible to query ``s`` of row ``b`` iff ``j <= past_lengths[b] + s``. Output rows
+    ``s >= query_lengths[b]`` (right padding) have no defined value.
 
     Args:
         query: ``[B, S, Hq * D]``.
@@ -144,6 +152,7 @@ def cached_attention(
         past_key: ``[B, Hkv, C, D]``, capacity ``C >= past_lengths[b] + S``.
         past_value: ``[B, Hkv, C, D]``.
         past_lengths: ``[B]`` int32, valid tokens already in the cache.
+        query_lengths: ``[B]`` int32, valid new tokens.
 
     Returns:
         output ``[B, S, Hq * D]``, present_key and present_value ``[B, Hkv, C, D]``.
@@ -153,7 +162,7 @@ def cached_attention(
     if _exporting():
         return torch.onnx.ops.symbolic_multi_out(
             "deepstitch::CachedAttention",
-            (query, key, value, past_key, past_value, past_lengths),
+            (query, key, value, past_key, past_value, past_lengths, query_lengths),
             attrs={"num_heads": num_heads, "kv_num_heads": kv_num_heads, "scale": head_dim**-0.5},
             dtypes=(query.dtype, past_key.dtype, past_value.dtype),
             shapes=(query.shape, past_key.shape, past_value.shape),
@@ -214,29 +223,46 @@ def moe_experts(
     """Top-k softmax routing and the SwiGLU experts it selects.
 
     Args:
-        x: ``[n, H]``.
-        router_logits: ``[n, E]``.
+        x: ``[B, S, H]``.
+        router_logits: ``[B, S, E]``.
         gate_up_proj: ``[E, H, 2I]``, gate columns first, then up columns.
         down_proj: ``[E, I, H]``.
         top_k: experts per token.
         norm_topk_prob: rescale the selected probabilities to sum to one.
 
     Returns:
-        ``[n, H]``.
+        ``[B, S, H]``.
     """
     if _exporting():
         attrs = {"top_k": top_k, "norm_topk_prob": int(norm_topk_prob)}
         return _node("deepstitch::MoEExperts", (x, router_logits, gate_up_proj, down_proj), attrs, x, x.shape)
-    weights, experts = router_logits.softmax(-1, dtype=torch.float).topk(top_k, dim=-1)
+    tokens = x.flatten(0, -2)
+    weights, experts = router_logits.flatten(0, -2).softmax(-1, dtype=torch.float).topk(top_k, dim=-1)
     if norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
-    output = torch.zeros_like(x)
+    output = torch.zeros_like(tokens)
     for expert in experts.unique().tolist():
         token, rank = torch.where(experts == expert)
-        gate, up = (x[token] @ gate_up_proj[expert]).chunk(2, dim=-1)
+        gate, up = (tokens[token] @ gate_up_proj[expert]).chunk(2, dim=-1)
         result = (F.silu(gate) * up) @ down_proj[expert]
         output = output.index_add(0, token, result * weights[token, rank, None].to(x.dtype))
-    return output
+    return output.view_as(x)
+
+
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Pick positions of each batch row (ONNX GatherND with ``batch_dims=1``).
+
+    Args:
+        x: ``[B, S, H]``.
+        rows: ``[B, L]`` int64 positions in S.
+
+    Returns:
+        ``[B, L, H]``.
+    """
+    if _exporting():
+        shape = (*rows.shape, x.shape[-1])
+        return _node("GatherND", (x, rows[..., None]), {"batch_dims": 1}, x, shape)
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
 
 @dataclass(frozen=True, slots=True)

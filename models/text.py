@@ -34,17 +34,27 @@ class KVCache:
         keys: per layer ``[B, Hkv, C, D]``; replaced by the updated tensors as layers run.
         values: like ``keys``.
         past_lengths: ``[B]`` int32, valid tokens before this call.
+        query_lengths: ``[B]`` int32, valid new tokens; rows are padded on the right.
     """
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], past_lengths: Tensor) -> None:
+    def __init__(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], past_lengths: Tensor, query_lengths: Tensor
+    ) -> None:
         self.keys = list(keys)
         self.values = list(values)
         self.past_lengths = past_lengths
+        self.query_lengths = query_lengths
 
     def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Write this layer's new keys and values, attend, return ``[B, S, Hq * D]``."""
         attended, self.keys[layer_index], self.values[layer_index] = ops.cached_attention(
-            query, key, value, self.keys[layer_index], self.values[layer_index], self.past_lengths
+            query,
+            key,
+            value,
+            self.keys[layer_index],
+            self.values[layer_index],
+            self.past_lengths,
+            self.query_lengths,
         )
         return attended
 
@@ -180,8 +190,7 @@ class Qwen2MoeModel(nn.Module):
             hidden_states = layer(hidden_states, cos_sin, attention_mask, cache)
             hidden_states = self._process_layer_output(layer_index, hidden_states, input_deepstack_embeds)
         if final_rows is not None:
-            rows = final_rows[..., None].expand(-1, -1, hidden_states.shape[-1])
-            hidden_states = hidden_states.gather(1, rows)
+            hidden_states = ops.gather_rows(hidden_states, final_rows)
         return self.norm(hidden_states)
 
 

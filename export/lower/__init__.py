@@ -1,1 +1,49 @@
-"""TODO."""
+"""From the canonical graph to what a target executes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import onnx_ir as ir
+
+from deepstitch.errors import UnsupportedError, did_you_mean
+from deepstitch.export.weights import WeightPlan
+
+__all__ = ["TARGETS", "Target", "target"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A way to run the graphs.
+
+    Attributes:
+        passes: builds the target's pass list; it may register weight layouts with the plan.
+        batched_continuation: see :class:`deepstitch.manifest.ModelFacts`.
+    """
+
+    name: str
+    passes: Callable[[WeightPlan], list[ir.passes.InPlacePass]]
+    batched_continuation: bool
+
+
+def _targets() -> Mapping[str, Target]:
+    from deepstitch.export.lower import ort_cpu, portable
+
+    return MappingProxyType({each.name: each for each in (portable.TARGET, ort_cpu.TARGET)})
+
+
+TARGETS = ("portable", "ort-cpu")
+
+
+def target(name: str) -> Target:
+    """Look a target up.
+
+    Raises:
+        UnsupportedError: there is no such target.
+    """
+    known = _targets()
+    if name not in known:
+        raise UnsupportedError(f"--target {name}: not a target{did_you_mean(name, known)}; targets are {', '.join(known)}")
+    return known[name]

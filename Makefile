@@ -1,0 +1,54 @@
+# Two commands for a machine that has only Python (3.10 or later), pip and make:
+#   make demo   exports the sample model, asks it about a picture, prints the answer and the time of each stage
+#   make test   runs everything a change has to pass
+# Both create .venv and install what they need; a second call starts at once.
+
+PYTHON ?= python3
+# The tracing was written against this version. PIP_TORCH picks another source for it, for example
+#   make demo PIP_TORCH="--index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+PIP_TORCH ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint typecheck pytest clean
+
+demo: $(VENV)/export-installed
+	rm -rf demo
+	$(BIN)/deepstitch export models/sample/checkpoint --target ort-cpu -o demo --no-compare
+	$(BIN)/python models/sample/ask.py demo
+
+test: lint typecheck pytest
+
+lint: $(VENV)/dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# On what a user gets, not on the working tree: see "Layout" in the README. build/ would bring deleted modules back.
+typecheck: $(VENV)/dev-installed
+	rm -rf build $(VENV)/wheel
+	$(PIP) install --quiet --no-deps --no-build-isolation --target $(VENV)/wheel .
+	rm -rf build
+	MYPYPATH=$(VENV)/wheel $(BIN)/mypy -p deepstitch
+
+pytest: $(VENV)/dev-installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+$(VENV)/torch-installed:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(PIP_TORCH) "$(TORCH)"
+	touch $@
+
+$(VENV)/export-installed: $(VENV)/torch-installed pyproject.toml
+	$(PIP) install -e '.[export]'
+	touch $@
+
+$(VENV)/dev-installed: $(VENV)/export-installed pyproject.toml
+	$(PIP) install -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build

@@ -1,0 +1,107 @@
+"""How much memory the language side takes: KV cache, activations, weights. Estimates from sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+__all__ = ["CACHE_BYTES", "DecoderShape", "Memory", "Workload", "estimate_memory"]
+
+CACHE_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "float16": 2})
+_FLOAT_BYTES = 4  # the graphs compute in float32, whatever the weights are stored in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What the memory estimate is for.
+
+    Attributes:
+        context: tokens per row, prompt and answer together.
+        batch: rows.
+        prefill_chunk: prompt tokens per decoder call.
+    """
+
+    context: int
+    batch: int = 1
+    prefill_chunk: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderShape:
+    """The sizes memory depends on, from config.json or from the manifest.
+
+    Attributes:
+        mlp_width: SwiGLU columns one token passes through: intermediate size, or expert width times top-k.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    mlp_width: int
+
+    def kv_bytes_per_token(self, cache_dtype: str) -> int:
+        """Bytes one token of one row takes in the cache: keys and values of every layer."""
+        return (
+            2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * CACHE_BYTES[cache_dtype]
+        )
+
+    def activation_bytes(self, workload: Workload) -> int:
+        """Estimate of the largest set of intermediate tensors of one decoder call, in float32.
+
+        Residual stream, its norm and the layer's result, plus the largest of attention (query, key, value,
+        result, and the full score matrix, which the CPU kernels store), the feed-forward block (gate, up,
+        product) and the logits.
+        """
+        chunk = min(workload.prefill_chunk, workload.context)
+        tokens = workload.batch * chunk
+        streams = 3 * tokens * self.hidden_size
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        scores = workload.batch * self.num_attention_heads * chunk * workload.context
+        attention = tokens * heads * self.head_dim + scores
+        feed_forward = 3 * tokens * self.mlp_width
+        logits = workload.batch * self.vocab_size
+        return _FLOAT_BYTES * (streams + max(attention, feed_forward, logits))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Estimated bytes of the language side for one :class:`Workload`.
+
+    Attributes:
+        weights: dtype the weights are held in.
+        weight_bytes: all weights, vision included.
+    """
+
+    weights: str
+    weight_bytes: int
+    kv_cache_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum."""
+        return self.weight_bytes + self.kv_cache_bytes + self.activation_bytes
+
+
+def estimate_memory(
+    shape: DecoderShape, workload: Workload, weights: str, weight_bytes: int, cache_dtype: str
+) -> Memory:
+    """Put the parts together.
+
+    Args:
+        shape: the decoder.
+        workload: context, batch and prefill chunk.
+        weights: dtype the weights are held in, for the record.
+        weight_bytes: bytes of all weights.
+        cache_dtype: a key of :data:`CACHE_BYTES`.
+    """
+    return Memory(
+        weights=weights,
+        weight_bytes=weight_bytes,
+        kv_cache_bytes=shape.kv_bytes_per_token(cache_dtype) * workload.context * workload.batch,
+        activation_bytes=shape.activation_bytes(workload),
+    )

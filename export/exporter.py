@@ -1,0 +1,209 @@
+"""The export itself, in the order it happens."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from tqdm.auto import tqdm
+
+import deepstitch
+from deepstitch.errors import CheckpointError, ConfigError, UnsupportedError
+from deepstitch.export import facts
+from deepstitch.export.contract import DECODER, VISION_ENCODER, decoder_contract, vision_contract
+from deepstitch.export.lower import Target
+from deepstitch.export.lower import target as find_target
+from deepstitch.export.trace import trace_decoder, trace_vision_encoder
+from deepstitch.export.weights import WeightPlan
+from deepstitch.export.writer import (
+    REFERENCE_FOLDER,
+    WEIGHTS_FILE,
+    atomic_folder,
+    copy_files,
+    link_checkpoint,
+    refuse_existing,
+    write_weights,
+)
+from deepstitch.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    EmbeddingTable,
+    FileRecord,
+    Graph,
+    Manifest,
+    TensorSpec,
+    file_sha256,
+)
+from deepstitch.models.checkpoint import EXPERT_LAYOUTS, Checkpoint, WeightSource
+from deepstitch.tensorfile import TensorEntry
+
+__all__ = ["ExportConfig", "export_checkpoint"]
+
+WEIGHT_DTYPES = ("fp32", "fp16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """What to make of a checkpoint.
+
+    Attributes:
+        checkpoint: folder with config.json and safetensors files.
+        output: bundle folder to create.
+        target: one of :data:`deepstitch.export.lower.TARGETS`.
+        weights: dtype of stored matrices, ``"fp32"`` or ``"fp16"``; arithmetic is fp32.
+        by_reference: keep the weights in the checkpoint's own files (hard links) instead of writing a copy.
+        expert_layout: ``"hub"`` or ``"transformers"``, where the shapes of the experts cannot tell.
+        overwrite: replace an existing bundle.
+        progress: show progress bars on stderr.
+    """
+
+    checkpoint: Path
+    output: Path
+    target: str = "ort-cpu"
+    weights: str = "fp32"
+    by_reference: bool = False
+    expert_layout: str | None = None
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHT_DTYPES:
+            raise UnsupportedError(f"--weights {self.weights}: must be one of {', '.join(WEIGHT_DTYPES)}")
+        if self.by_reference and self.weights != "fp32":
+            raise ConfigError("--by-reference keeps the checkpoint's own dtype; leave --weights out")
+        if self.expert_layout not in (None, *EXPERT_LAYOUTS):
+            raise UnsupportedError(f"--expert-layout {self.expert_layout}: must be one of {', '.join(EXPERT_LAYOUTS)}")
+
+
+def export_checkpoint(config: ExportConfig) -> Path:
+    """Export a checkpoint; the bundle appears whole or not at all.
+
+    Returns:
+        The bundle folder.
+
+    Raises:
+        DeepstitchError: the checkpoint, a flag or the output folder is refused; nothing is written.
+    """
+    target = find_target(config.target)
+    checkpoint = Checkpoint.open(config.checkpoint)
+    sources = checkpoint.sources(expert_layout=config.expert_layout)
+    if config.by_reference:
+        _refuse_unreferenceable(sources)
+    facts.eos_token_ids(checkpoint.folder)  # refuses a damaged generation_config.json before any work
+    refuse_existing(config.output, overwrite=config.overwrite)
+    embedding = facts.embedding_name(checkpoint.config)
+    tied = embedding if checkpoint.config.text.tie_word_embeddings else None
+    plan = WeightPlan(sources, weights=config.weights, by_reference=config.by_reference, tied=tied)
+    graphs = _lowered_graphs(checkpoint, target, plan, config.progress)
+    plan.add(embedding)
+    with atomic_folder(config.output, overwrite=config.overwrite) as folder:
+        places, files = _write_weights(plan, checkpoint, folder, config)
+        copied = copy_files(checkpoint.folder, folder)
+        contracts = {DECODER: decoder_contract(checkpoint.config)}
+        if checkpoint.config.vision is not None:
+            contracts[VISION_ENCODER] = vision_contract(checkpoint.config.vision)
+        written = {name: _write_graph(model, name, plan, places, folder, *contracts[name]) for name, model in graphs.items()}
+        for path in (*copied, *(folder / graph.file for graph in written.values())):
+            files[path.name] = FileRecord(sha256=file_sha256(path), size=path.stat().st_size)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            deepstitch_version=deepstitch.__version__,
+            target=target.name,
+            weights="checkpoint" if config.by_reference else config.weights,
+            command=_command(config),
+            versions=_versions(),
+            model=facts.model_facts(checkpoint, batched_continuation=target.batched_continuation),
+            vision=facts.vision_facts(checkpoint.config),
+            embedding=EmbeddingTable(file=_relative(places[embedding], config), tensor=places[embedding].name),
+            graphs=written,
+            files=files,
+        )
+        (folder / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
+    return config.output
+
+
+def _refuse_unreferenceable(sources: Mapping[str, WeightSource]) -> None:
+    for name, source in sources.items():
+        if source.in_place is None:
+            raise CheckpointError(
+                f"--by-reference: '{name}' is stored in another layout than the graph reads (experts saved by transformers "
+                "5 or one by one); leave the flag out to write a copy"
+            )
+
+
+def _lowered_graphs(checkpoint: Checkpoint, target: Target, plan: WeightPlan, progress: bool) -> dict[str, ir.Model]:
+    tracers: dict[str, Callable[..., ir.Model]] = {DECODER: trace_decoder}
+    if checkpoint.config.vision is not None:
+        tracers[VISION_ENCODER] = trace_vision_encoder
+    graphs = {}
+    steps = tqdm(tracers.items(), desc="trace and lower", unit="graph", disable=None if progress else True)
+    for name, trace in steps:
+        model = trace(checkpoint.config)
+        for each in target.passes(plan):
+            each(model)
+        plan.bind(model)
+        graphs[name] = model
+    return graphs
+
+
+def _write_weights(
+    plan: WeightPlan, checkpoint: Checkpoint, folder: Path, config: ExportConfig
+) -> tuple[dict[str, TensorEntry], dict[str, FileRecord]]:
+    """Write or link the weights; return where each planned tensor lies, and the files' identities."""
+    disable = None if config.progress else True
+    if config.by_reference:
+        total = sum(path.stat().st_size for path in checkpoint.files)
+        with tqdm(total=total, desc="hash weights", unit="B", unit_scale=True, disable=disable) as bar:
+            files = link_checkpoint(checkpoint.files, folder, bar.update)
+        places = {name: entry for name, t in plan.tensors.items() if (entry := t.source.in_place) is not None}
+        return places, files
+    total = sum(tensor.nbytes for tensor in plan.tensors.values())
+    with tqdm(total=total, desc="write weights", unit="B", unit_scale=True, disable=disable) as bar:
+        places, record = write_weights(plan.tensors.values(), folder / WEIGHTS_FILE, bar.update)
+    return places, {WEIGHTS_FILE: record}
+
+
+def _relative(entry: TensorEntry, config: ExportConfig) -> str:
+    return f"{REFERENCE_FOLDER}/{entry.path.name}" if config.by_reference else entry.path.name
+
+
+def _write_graph(
+    model: ir.Model,
+    name: str,
+    plan: WeightPlan,
+    places: Mapping[str, TensorEntry],
+    folder: Path,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+) -> Graph:
+    location = f"{REFERENCE_FOLDER}/" if plan.by_reference else ""
+    plan.attach(model, places, {entry.path.name: location + entry.path.name for entry in places.values()})
+    model.graph.name = name
+    proto = ir.serde.serialize_model(model)
+    proto.producer_version = deepstitch.__version__
+    path = folder / f"{name}.onnx"
+    onnx.save(proto, path)
+    if not plan.by_reference:  # the checker refuses hard links
+        onnx.checker.check_model(path)
+    nodes = sum(1 for _ in model.graph.all_nodes())
+    return Graph(file=path.name, opset=model.graph.opset_imports[""], nodes=nodes, inputs=inputs, outputs=outputs)
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxruntime", "numpy")}
+
+
+def _command(config: ExportConfig) -> str:
+    """The equivalent command line; folders by name only, because a bundle travels."""
+    words = ["deepstitch", "export", config.checkpoint.name, "--target", config.target, "-o", config.output.name]
+    words += ["--weights", config.weights] if not config.by_reference else ["--by-reference"]
+    words += ["--expert-layout", config.expert_layout] if config.expert_layout else []
+    return shlex.join(words)

@@ -1,0 +1,267 @@
+"""The definition of every ``deepstitch`` operator: an ONNX function whose body is standard ONNX.
+
+Written in ONNX's own textual syntax (onnx/docs/Syntax.md), so that what is read here is what a runtime executes.
+``deepstitch.models.ops`` holds the same operators in PyTorch; tests compare the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from types import MappingProxyType
+
+import onnx
+import onnx.parser
+import onnx_ir as ir
+
+__all__ = ["DOMAIN", "OPSET", "VERSION", "attach_functions", "function_proto", "parse_functions", "segment_attention"]
+
+DOMAIN = "deepstitch"
+VERSION = 1
+OPSET = 24  # the first with TensorScatter, which writes a static KV cache
+
+# Pair j of the head takes the height position if j % 3 == 1 and j < 3 * section[1], the width position if j % 3 == 2 and
+# j < 3 * section[2], else the temporal one.
+_M_ROTARY_COS_SIN = """
+MRotaryCosSin <mrope_section> (position_ids, inv_freq) => (cos, sin)
+{
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    two = Constant <value_int = 2> ()
+    three = Constant <value_int = 3> ()
+    section = Constant <value_ints: ints = @mrope_section> ()
+    limits = Mul (section, three)
+    height_limit = Gather (limits, one)
+    width_limit = Gather (limits, two)
+    num_pairs = Size (inv_freq)
+    pair = Range (zero, num_pairs, one)
+    phase = Mod (pair, three)
+    phase_is_height = Equal (phase, one)
+    below_height = Less (pair, height_limit)
+    takes_height = And (phase_is_height, below_height)
+    phase_is_width = Equal (phase, two)
+    below_width = Less (pair, width_limit)
+    takes_width = And (phase_is_width, below_width)
+    height_or_time = Where (takes_height, one, zero)
+    axis = Where (takes_width, two, height_or_time)
+    by_pair = Gather <axis = 0> (position_ids, axis)
+    positions = Transpose <perm = [1, 2, 0]> (by_pair)
+    positions_float = Cast <to = 1> (positions)
+    angles = Mul (positions_float, inv_freq)
+    cos = Cos (angles)
+    sin = Sin (angles)
+}
+"""
+
+# Keys and values are written at past_lengths; key slot j is visible to query s iff j <= past_lengths + s.
+_CACHED_ATTENTION = """
+CachedAttention <num_heads, kv_num_heads, scale>
+    (query, key, value, past_key, past_value, past_lengths, query_lengths) => (output, present_key, present_value)
+{
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    keep_two = Constant <value_ints = [0, 0]> ()
+    rest = Constant <value_ints = [-1]> ()
+    heads_scalar = Constant <value_int: int = @num_heads> ()
+    heads = Reshape (heads_scalar, rest)
+    kv_heads_scalar = Constant <value_int: int = @kv_num_heads> ()
+    kv_heads = Reshape (kv_heads_scalar, rest)
+    query_shape = Concat <axis = 0> (keep_two, heads, rest)
+    kv_shape = Concat <axis = 0> (keep_two, kv_heads, rest)
+    query_split = Reshape (query, query_shape)
+    key_split = Reshape (key, kv_shape)
+    value_split = Reshape (value, kv_shape)
+    query_heads = Transpose <perm = [0, 2, 1, 3]> (query_split)
+    key_heads = Transpose <perm = [0, 2, 1, 3]> (key_split)
+    value_heads = Transpose <perm = [0, 2, 1, 3]> (value_split)
+    first_slot = Cast <to = 7> (past_lengths)
+    present_key = TensorScatter <axis = 2, mode = "linear"> (past_key, key_heads, first_slot)
+    present_value = TensorScatter <axis = 2, mode = "linear"> (past_value, value_heads, first_slot)
+    capacity_1d = Shape <start = 2, end = 3> (past_key)
+    capacity = Squeeze (capacity_1d)
+    slot = Range (zero, capacity, one)
+    new_1d = Shape <start = 1, end = 2> (query)
+    new = Squeeze (new_1d)
+    step = Range (zero, new, one)
+    axis_one = Constant <value_ints = [1]> ()
+    first_column = Unsqueeze (first_slot, axis_one)
+    last_visible = Add (first_column, step)
+    mask_axes = Constant <value_ints = [1, 3]> ()
+    last_visible_4d = Unsqueeze (last_visible, mask_axes)
+    visible = LessOrEqual (slot, last_visible_4d)
+    attended = Attention <scale: float = @scale> (query_heads, present_key, present_value, visible)
+    attended_tokens = Transpose <perm = [0, 2, 1, 3]> (attended)
+    merged_shape = Concat <axis = 0> (keep_two, rest)
+    output = Reshape (attended_tokens, merged_shape)
+}
+"""
+
+# A loop over segments, so that memory grows with the longest segment and not with the sum of all.
+_SEGMENT_ATTENTION_LOOP = """
+SegmentAttention <num_heads, scale> (query, key, value, cu_seqlens) => (output)
+{
+    one = Constant <value_int = 1> ()
+    batch_axis = Constant <value_ints = [0]> ()
+    bounds = Cast <to = 7> (cu_seqlens)
+    num_bounds = Size (bounds)
+    num_segments = Sub (num_bounds, one)
+    keep_going = Constant <value = bool {1}> ()
+    none_yet = SequenceEmpty <dtype = 1> ()
+    segments = Loop (num_segments, keep_going, none_yet) <body = one_segment
+        (int64 segment, bool condition, seq(float[rows, width]) done) =>
+        (bool condition_out, seq(float[rows, width]) done_out)
+    {
+        condition_out = Identity (condition)
+        begin = Gather (bounds, segment)
+        next = Add (segment, one)
+        end = Gather (bounds, next)
+        begin_1d = Unsqueeze (begin, batch_axis)
+        end_1d = Unsqueeze (end, batch_axis)
+        query_rows = Slice (query, begin_1d, end_1d, batch_axis)
+        key_rows = Slice (key, begin_1d, end_1d, batch_axis)
+        value_rows = Slice (value, begin_1d, end_1d, batch_axis)
+        query_batch = Unsqueeze (query_rows, batch_axis)
+        key_batch = Unsqueeze (key_rows, batch_axis)
+        value_batch = Unsqueeze (value_rows, batch_axis)
+        attended = KERNEL (query_batch, key_batch, value_batch)
+        attended_rows = Squeeze (attended, batch_axis)
+        done_out = SequenceInsert (done, attended_rows)
+    }>
+    output = ConcatFromSequence <axis = 0> (segments)
+}
+"""
+
+# A loop over the experts that were chosen at all; each sees only its own tokens.
+_MOE_EXPERTS = """
+MoEExperts <top_k, norm_topk_prob> (x, router_logits, gate_up_proj, down_proj) => (output)
+{
+    zero = Constant <value_float = 0.0> ()
+    rest = Constant <value_ints = [-1]> ()
+    first_axis = Constant <value_ints = [0]> ()
+    column_axis = Constant <value_ints = [1]> ()
+    shape = Shape (x)
+    width = Shape <start = -1> (x)
+    num_experts = Shape <start = -1> (router_logits)
+    token_shape = Concat <axis = 0> (rest, width)
+    logit_shape = Concat <axis = 0> (rest, num_experts)
+    tokens = Reshape (x, token_shape)
+    logits = Reshape (router_logits, logit_shape)
+    probabilities = Softmax <axis = -1> (logits)
+    top_k_scalar = Constant <value_int: int = @top_k> ()
+    top_k_1d = Reshape (top_k_scalar, rest)
+    top, chosen = TopK <axis = -1> (probabilities, top_k_1d)
+    sum = ReduceSum <keepdims = 1> (top, rest)
+    normalized = Div (top, sum)
+    normalize_int = Constant <value_int: int = @norm_topk_prob> ()
+    normalize = Cast <to = 9> (normalize_int)
+    weights = Where (normalize, normalized, top)
+    active, active_first, active_inverse, active_counts = Unique <sorted = 1> (chosen)
+    num_active = Size (active)
+    tokens_shape = Shape (tokens)
+    nothing = ConstantOfShape <value = float[1] {0.0}> (tokens_shape)
+    keep_going = Constant <value = bool {1}> ()
+    mixed = Loop (num_active, keep_going, nothing) <body = one_expert
+        (int64 turn, bool condition, float[n, h] mixed_in) => (bool condition_out, float[n, h] mixed_out)
+    {
+        condition_out = Identity (condition)
+        expert = Gather (active, turn)
+        hit = Equal (chosen, expert)
+        hit_weights = Where (hit, weights, zero)
+        weight_of_token = ReduceSum <keepdims = 0> (hit_weights, rest)
+        hit_int = Cast <to = 6> (hit)
+        is_routed_int = ReduceMax <keepdims = 0> (hit_int, rest)
+        is_routed = Cast <to = 9> (is_routed_int)
+        rows_2d = NonZero (is_routed)
+        rows = Squeeze (rows_2d, first_axis)
+        routed = Gather (tokens, rows)
+        gate_up_matrix = Gather (gate_up_proj, expert)
+        gate_up = MatMul (routed, gate_up_matrix)
+        gate, up = Split <axis = -1, num_outputs = 2> (gate_up)
+        sigmoid = Sigmoid (gate)
+        silu = Mul (gate, sigmoid)
+        activated = Mul (silu, up)
+        down_matrix = Gather (down_proj, expert)
+        result = MatMul (activated, down_matrix)
+        row_weights = Gather (weight_of_token, rows)
+        row_weights_2d = Unsqueeze (row_weights, column_axis)
+        weighted = Mul (result, row_weights_2d)
+        rows_index = Unsqueeze (rows, column_axis)
+        mixed_out = ScatterND <reduction = "add"> (mixed_in, rows_index, weighted)
+    }>
+    output = Reshape (mixed, shape)
+}
+"""
+
+_DEEP_STACK_ADD = """
+DeepStackAdd <layer> (hidden_states, deepstack_embeds, deepstack_index) => (output)
+{
+    column_axis = Constant <value_ints = [1]> ()
+    layer_index = Constant <value_int: int = @layer> ()
+    width = Shape <start = -1> (hidden_states)
+    begin = Mul (width, layer_index)
+    end = Add (begin, width)
+    slice = Slice (deepstack_embeds, begin, end, column_axis)
+    rows = Gather <axis = 0> (slice, deepstack_index)
+    output = Add (hidden_states, rows)
+}
+"""
+
+
+
+def segment_attention(kernel: str) -> str:
+    """Text of SegmentAttention around an attention operator that takes ``[1, rows, heads * D]`` each of q, k, v.
+
+    Args:
+        kernel: operator with its attributes, e.g. ``Attention <scale: float = @scale>``.
+    """
+    return _SEGMENT_ATTENTION_LOOP.replace("KERNEL", kernel)
+
+
+_STANDARD_KERNEL = "Attention <q_num_heads: int = @num_heads, kv_num_heads: int = @num_heads, scale: float = @scale>"
+_TEXTS = (
+    _M_ROTARY_COS_SIN,
+    _CACHED_ATTENTION,
+    segment_attention(_STANDARD_KERNEL),
+    _MOE_EXPERTS,
+    _DEEP_STACK_ADD,
+)
+
+
+@cache
+def _definitions() -> Mapping[str, onnx.FunctionProto]:
+    return MappingProxyType(parse_functions(_TEXTS))
+
+
+def parse_functions(texts: Iterable[str], **opset_imports: int) -> dict[str, onnx.FunctionProto]:
+    """Parse operator bodies.
+
+    Args:
+        texts: functions in ONNX's textual syntax.
+        **opset_imports: further domains the bodies use, dots written as underscores (``com_microsoft=1``).
+
+    Returns:
+        The functions by operator name.
+    """
+    imports = {"": OPSET} | {domain.replace("_", "."): version for domain, version in opset_imports.items()}
+    listed = ", ".join(f'"{domain}" : {version}' for domain, version in imports.items())
+    header = f'<domain: "{DOMAIN}", opset_import: [{listed}]>'
+    parsed = [onnx.parser.parse_function(header + text) for text in texts]
+    return {proto.name: proto for proto in parsed}
+
+
+def function_proto(name: str) -> onnx.FunctionProto:
+    """The definition of one operator.
+
+    Raises:
+        KeyError: there is no such operator.
+    """
+    return _definitions()[name]
+
+
+def attach_functions(model: ir.Model) -> None:
+    """Give ``model`` the definitions of the ``deepstitch`` operators it uses."""
+    used = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
+    for name in sorted(used):
+        function = ir.from_proto(function_proto(name))
+        model.functions[function.identifier()] = function
+    model.graph.opset_imports[DOMAIN] = VERSION

@@ -1,0 +1,179 @@
+"""The bundle on disk: weights streamed tensor by tensor, graphs, copied files, manifest; all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from deepstitch.errors import OutputError
+from deepstitch.export.weights import PlannedTensor
+from deepstitch.manifest import FileRecord, file_sha256
+from deepstitch.tensorfile import TensorEntry
+
+__all__ = [
+    "COPIED_FILES",
+    "REFERENCE_FOLDER",
+    "WEIGHTS_FILE",
+    "atomic_folder",
+    "copy_files",
+    "link_checkpoint",
+    "refuse_existing",
+    "write_weights",
+]
+
+WEIGHTS_FILE = "weights.safetensors"
+REFERENCE_FOLDER = "checkpoint"
+COPIED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+_ALIGNMENT = 4096  # of the first tensor, so that mapped pages start with it
+Progress = Callable[[int], object]
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes ``target`` on success and vanishes on any failure.
+
+    Args:
+        target: the folder to create.
+        overwrite: replace an existing bundle folder.
+
+    Raises:
+        OutputError: the folder exists and may not be replaced, or cannot be written.
+    """
+    target = target.absolute()
+    refuse_existing(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"-o {target}: cannot be written ({error.strerror})") from None
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.exists():
+            previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            target.rename(previous / target.name)
+            temporary.rename(target)
+            shutil.rmtree(previous)
+        else:
+            temporary.rename(target)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OutputError(f"-o {target}: the disk is full; nothing was written") from None
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Refuse a target that exists, unless it is a bundle and may be replaced.
+
+    Raises:
+        OutputError: it may not.
+    """
+    if not target.exists():
+        return
+    if not overwrite:
+        raise OutputError(f"-o {target}: exists already; choose another folder or pass --overwrite")
+    if not (target / "manifest.json").is_file() and any(target.iterdir()):
+        raise OutputError(f"-o {target}: is not a bundle, so --overwrite does not replace it; choose another folder")
+
+
+def write_weights(
+    tensors: Iterable[PlannedTensor], path: Path, progress: Progress
+) -> tuple[dict[str, TensorEntry], FileRecord]:
+    """Write one safetensors file, a bounded block of one tensor at a time.
+
+    Args:
+        tensors: what to write.
+        path: the file.
+        progress: called with the number of bytes just written.
+
+    Returns:
+        Where each tensor lies, and the file's identity.
+    """
+    # Wide dtypes first keeps every tensor aligned to its element size; the format allows no gaps.
+    ordered = sorted(tensors, key=lambda tensor: tensor.dtype != "F32")
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, TensorEntry] = {}
+    position = 0
+    for tensor in ordered:
+        end = position + tensor.nbytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
+    start = 8 + len(encoded)
+    digest = hashlib.sha256()
+    position = start
+    with path.open("wb") as file:
+        for piece in (len(encoded).to_bytes(8, "little"), encoded):
+            digest.update(piece)
+            file.write(piece)
+        for tensor in ordered:
+            entries[tensor.name] = TensorEntry(path, tensor.name, tensor.dtype, tensor.shape, position, tensor.nbytes)
+            for block in tensor.blocks():
+                view = block.data.cast("B") if block.size else b""
+                digest.update(view)
+                file.write(view)
+                progress(block.nbytes)
+            position += tensor.nbytes
+    return entries, FileRecord(sha256=digest.hexdigest(), size=position)
+
+
+def link_checkpoint(shards: Iterable[Path], folder: Path, progress: Progress) -> dict[str, FileRecord]:
+    """Hard-link the checkpoint's shards into the bundle: no second copy, and the bundle outlives the checkpoint folder.
+
+    A symbolic link or a path outside the bundle would do as well on disk, but ONNX Runtime refuses weights that lie
+    outside the graph's folder.
+
+    Args:
+        shards: the checkpoint's safetensors files.
+        folder: the bundle.
+        progress: called with the number of bytes just hashed.
+
+    Raises:
+        OutputError: the bundle is on another file system.
+    """
+    shards = list(shards)
+    (folder / REFERENCE_FOLDER).mkdir()
+    for shard in shards:
+        try:
+            os.link(shard.resolve(), folder / REFERENCE_FOLDER / shard.name)
+        except OSError as error:
+            raise OutputError(
+                f"--by-reference: cannot hard-link {shard} into the bundle ({error.strerror}); put the bundle on the "
+                "checkpoint's file system, or leave the flag out to write a copy"
+            ) from None
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the interpreter lock
+        digests = list(pool.map(lambda shard: file_sha256(shard, progress), shards))
+    return {
+        f"{REFERENCE_FOLDER}/{shard.name}": FileRecord(sha256=digest, size=shard.stat().st_size)
+        for shard, digest in zip(shards, digests, strict=True)
+    }
+
+
+def copy_files(checkpoint: Path, folder: Path) -> list[Path]:
+    """Copy processor, tokenizer and template files untouched; return the copies."""
+    copies = []
+    for name in COPIED_FILES:
+        if (checkpoint / name).is_file():
+            copies.append(Path(shutil.copyfile(checkpoint / name, folder / name)))
+    return copies

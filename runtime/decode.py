@@ -1,0 +1,165 @@
+"""The decoder graph over a KV cache: prefill of whole rows, and steps of one token per row.
+
+Everything that depends on a kernel's limits is decided here: whether several rows may share one call, and how a
+long prompt is cut into chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from deepstitch.runtime.bundle import DECODER
+from deepstitch.runtime.calls import Floats, Ints, RowTokens, StepCall
+from deepstitch.runtime.engine import Engine
+from deepstitch.runtime.kvcache import KVCache, cache_tensors
+
+from deepstitch.errors import InputError
+
+__all__ = ["DecoderState", "RowTokens"]
+
+
+class DecoderState:
+    """A batch of sequences in flight: their KV cache and lengths.
+
+    Attributes:
+        lengths: ``(B,)`` int32, valid tokens in the cache per row.
+    """
+
+    def __init__(self, engine: Engine, *, rows: int = 1, capacity: int = 256) -> None:
+        """Allocate the cache.
+
+        Args:
+            engine: where the decoder graph runs.
+            rows: sequences.
+            capacity: tokens per row to make room for; more are taken when needed.
+        """
+        manifest = engine.bundle.manifest
+        self._graph = engine.decoder
+        self._model = manifest.model
+        self._cache = KVCache(
+            cache_tensors(engine.bundle.graph(DECODER)),
+            rows=rows,
+            capacity=min(capacity, manifest.model.max_position_embeddings),
+            in_place=manifest.model.kv_cache_in_place,
+        )
+        self.lengths = np.zeros(rows, np.int32)
+        self._step: StepCall | None = None
+
+    @property
+    def rows(self) -> int:
+        """Sequences held."""
+        return self._cache.rows
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes reserved for keys and values."""
+        return self._cache.nbytes
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for ``capacity`` tokens per row, so that the cache does not have to grow on the way."""
+        self._cache.reserve(capacity, self.lengths)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget the tokens of ``row`` from ``length`` on."""
+        self.lengths[row] = min(length, int(self.lengths[row]))
+
+    def drop(self, row: int) -> None:
+        """Remove a finished row; the last row takes its number."""
+        self._cache.drop(row, self.lengths)
+        self.lengths[row] = self.lengths[-1]
+        self.lengths = self.lengths[:-1].copy()
+
+    def prefill(
+        self,
+        rows: Sequence[RowTokens],
+        *,
+        wanted: Sequence[Sequence[int] | Ints] | None = None,
+        chunk: int | None = None,
+    ) -> list[Floats]:
+        """Append tokens to every row and return logits.
+
+        Args:
+            rows: what to append, one entry per row; at least one token each.
+            wanted: per row, positions among its new tokens whose logits are wanted; ``None``: the last one.
+            chunk: at most this many tokens of a row per call; ``None`` takes all at once.
+
+        Returns:
+            Per row ``(len(wanted), vocab)`` float32, owned by the caller.
+
+        Raises:
+            InputError: a row would outgrow the model's context.
+        """
+        self._check_room(rows)
+        asked = [np.asarray(each, np.int64) for each in wanted or [[len(row) - 1] for row in rows]]
+        results = [np.empty((len(each), self._model.vocab_size), np.float32) for each in asked]
+        longest = max(map(len, rows))
+        size = chunk or longest
+        for start in range(0, longest, size):
+            widths = [min(max(len(row) - start, 0), size) for row in rows]
+            for group in self._groups(widths):
+                parts = [rows[row].part(start, start + widths[row]) for row in group]
+                inside = [(asked[row] >= start) & (asked[row] < start + size) for row in group]
+                picks = [asked[row][mask] - start for row, mask in zip(group, inside, strict=True)]
+                logits = self._extend(group, parts, picks)
+                for row, mask, values in zip(group, inside, logits, strict=True):
+                    results[row][mask] = values
+        return results
+
+    def step(self, embeds: Floats, position_ids: Ints) -> Floats:
+        """Append one text token to every row.
+
+        Args:
+            embeds: ``(B, H)`` float32.
+            position_ids: ``(B,)`` int64; text has the same position on all three axes.
+
+        Returns:
+            ``(B, vocab)`` logits: a view that the next step overwrites.
+        """
+        self._cache.reserve(int(self.lengths.max()) + 1, self.lengths)
+        call = self._step
+        if call is None or call.version != self._cache.version:
+            rows = range(self.rows)
+            call = self._step = StepCall(self._graph, self._model, self._cache, rows, width=1, wanted=1)
+        call.inputs_embeds[:, 0] = embeds
+        call.position_ids[:, :, 0] = position_ids
+        call.run(self.lengths)
+        self.lengths += 1
+        return call.logits[:, 0]
+
+    def _check_room(self, rows: Sequence[RowTokens]) -> None:
+        limit = self._model.max_position_embeddings
+        for row, (length, new) in enumerate(zip(self.lengths, rows, strict=True)):
+            if length + len(new) > limit:
+                raise InputError(
+                    f"row {row}: {length} tokens in the cache and {len(new)} new ones exceed the context of "
+                    f"{limit}; shorten the prompt"
+                )
+
+    def _groups(self, widths: Sequence[int]) -> Iterator[range]:
+        """Ranges of rows that may share a call; rows with nothing to add are left out."""
+        rows = len(widths)
+        together = self._model.batched_continuation or not self.lengths.any() or max(widths) == 1
+        if together and min(widths) > 0:
+            yield range(rows)
+        else:
+            yield from (range(row, row + 1) for row, width in enumerate(widths) if width)
+
+    def _extend(self, rows: range, parts: Sequence[RowTokens], picks: Sequence[Ints]) -> list[Floats]:
+        """One call: append ``parts`` to ``rows``; returns the logits at the positions ``picks`` of each."""
+        width = max(map(len, parts))
+        starts = self.lengths[rows.start : rows.stop]
+        self._cache.reserve(int(starts.max()) + width, self.lengths)
+        call = StepCall(
+            self._graph,
+            self._model,
+            self._cache,
+            rows,
+            width=width,
+            wanted=max(1, *map(len, picks)),
+            visual=sum(len(part.deepstack) for part in parts),
+        )
+        call.fill(parts, picks)
+        call.run(starts)
+        starts += call.query_lengths  # a view: this advances self.lengths
+        return [call.logits[row, : len(pick)] for row, pick in enumerate(picks)]

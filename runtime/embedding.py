@@ -1,0 +1,105 @@
+"""From token ids to decoder inputs: the embedding table beside the graph, and the visual rows merged into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from deepstitch.errors import BundleError, InputError
+from deepstitch.runtime.bundle import Bundle
+from deepstitch.runtime.calls import Floats, RowTokens
+from deepstitch.runtime.encoder_cache import VisionFeatures
+from deepstitch.runtime.preprocess import Prompt
+from deepstitch.tensorfile import TensorFile, to_float32
+
+__all__ = ["EmbeddingTable", "first_tokens_of_items", "merge"]
+
+_FLOATS = ("F32", "F16", "BF16")
+
+
+class EmbeddingTable:
+    """The token embedding ``[vocab, H]``, memory-mapped; only the rows asked for are read."""
+
+    def __init__(self, rows: npt.NDArray[np.generic], dtype: str) -> None:
+        self._rows = rows
+        self._dtype = dtype
+
+    @classmethod
+    def open(cls, bundle: Bundle) -> EmbeddingTable:
+        """Find the table a bundle's manifest names.
+
+        Raises:
+            BundleError: the tensor does not have the shape or dtype of an embedding of this model.
+        """
+        place, model = bundle.manifest.embedding, bundle.manifest.model
+        entry = TensorFile.open(bundle.folder / place.file)[place.tensor]
+        if entry.dtype not in _FLOATS or entry.shape != (model.vocab_size, model.hidden_size):
+            raise BundleError(
+                f"{entry.path}: embedding '{entry.name}' is {entry.dtype} {list(entry.shape)}, expected one of "
+                f"{', '.join(_FLOATS)} and [{model.vocab_size}, {model.hidden_size}]; export the checkpoint again"
+            )
+        # a plain view: indexing a numpy.memmap costs several times as much per call
+        return cls(np.asarray(entry.read()), entry.dtype)
+
+    def __call__(self, ids: npt.NDArray[np.int64]) -> Floats:
+        """Look up ``(n,)`` ids; returns fresh ``(n, H)`` float32."""
+        return to_float32(self._rows[ids], self._dtype)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def merge(
+    table: EmbeddingTable,
+    prompt: Prompt,
+    features: Sequence[VisionFeatures],
+    *,
+    visual_ids: Sequence[int],
+    deepstack_width: int,
+    start: int = 0,
+) -> RowTokens:
+    """Embed the tokens of a prompt from ``start`` on, visual rows in place of their placeholders.
+
+    Args:
+        table: the token embedding.
+        prompt: one row.
+        features: encoder outputs of the items whose tokens lie at or after ``start``, in prompt order.
+        visual_ids: ids of the placeholder tokens.
+        deepstack_width: ``num_deepstack * H``.
+        start: tokens before it are in the KV cache already.
+
+    Raises:
+        InputError: ids outside the vocabulary, or placeholders and visual rows differ in number.
+    """
+    ids = prompt.input_ids[start:]
+    if ids.size and not 0 <= ids.min() <= ids.max() < len(table):
+        raise InputError(f"the prompt holds token id {ids.max()}, the model has {len(table)}; is its tokenizer another's?")
+    embeds = table(ids)
+    index = np.zeros(len(ids), np.int32)
+    places = np.flatnonzero(np.isin(ids, visual_ids))
+    given = sum(len(each.image_embeds) for each in features)
+    if len(places) != given:
+        raise InputError(
+            f"the prompt holds {len(places)} visual tokens, its images and videos have {given}; "
+            "pass one image or video per placeholder"
+        )
+    deepstack = np.zeros((0, deepstack_width), np.float32)
+    if features:
+        embeds[places] = np.concatenate([each.image_embeds for each in features])
+    if features and deepstack_width:
+        deepstack = np.concatenate([each.deepstack_embeds for each in features])
+        index[places] = np.arange(1, given + 1, dtype=np.int32)
+    return RowTokens(
+        embeds=embeds, position_ids=prompt.position_ids[:, start:], deepstack=deepstack, deepstack_index=index
+    )
+
+
+def first_tokens_of_items(prompt: Prompt, visual_ids: Sequence[int]) -> npt.NDArray[np.int64]:
+    """``(N,)`` index of the first visual token of each image and clip of a prompt."""
+    if prompt.vision is None:
+        return np.zeros(0, np.int64)
+    places = np.flatnonzero(np.isin(prompt.input_ids, visual_ids))
+    counts = prompt.vision.tokens_per_item
+    return places[np.cumsum(counts) - counts]

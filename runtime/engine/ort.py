@@ -1,0 +1,149 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from deepstitch.runtime.bundle import DECODER, VISION_ENCODER, Bundle
+from deepstitch.runtime.engine import Array, BoundRun, GraphRunner
+
+from deepstitch.errors import BundleError, InputError
+from deepstitch.manifest import TensorSpec
+
+if TYPE_CHECKING:
+    from deepstitch.runtime.preprocess import VisionBatch
+
+__all__ = ["OrtEngine", "OrtGraph"]
+
+_ERRORS_ONLY = 3
+_PROVIDERS = ["CPUExecutionProvider"]
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+
+
+class OrtGraph:
+    """One inference session."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self._output_names = [output.name for output in session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See :meth:`deepstitch.runtime.engine.GraphRunner.run`."""
+        values = self._session.run(self._output_names, dict(inputs))
+        return dict(zip(self._output_names, values, strict=True))
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundRun:
+        """See :meth:`deepstitch.runtime.engine.GraphRunner.bind`; arrays must be C-contiguous."""
+        binding = self._session.io_binding()
+        for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, array in arrays.items():
+                if not array.flags.c_contiguous:
+                    raise ValueError(f"{name}: only contiguous memory can be bound")
+                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        # the pointers do not own the memory, so the arrays travel along
+        return partial(_run_bound, self._session, binding, (dict(inputs), dict(outputs)))
+
+
+def _run_bound(session: onnxruntime.InferenceSession, binding: Any, keep_alive: object) -> None:
+    session.run_with_iobinding(binding)
+
+
+class OrtEngine:
+    """The graphs of a bundle as ONNX Runtime sessions; weights are memory-mapped from the bundle's files."""
+
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, graphs: Collection[str] | None = None
+    ) -> None:
+        """Load and check the graphs.
+
+        Args:
+            bundle: an opened bundle.
+            threads: threads inside one operator; ``None`` takes one per physical core.
+            graphs: load only these; ``None`` loads all of the bundle.
+
+        Raises:
+            InputError: ``threads`` below 1.
+            BundleError: ONNX Runtime refuses a graph, or it differs from the manifest.
+        """
+        if threads is not None and threads < 1:
+            raise InputError(f"threads={threads}: use 1 or more, or leave it out for one per core")
+        self.bundle = bundle
+        names = bundle.manifest.graphs if graphs is None else graphs
+        self._graphs = {name: OrtGraph(_load(bundle, name, threads)) for name in names}
+
+    @property
+    def decoder(self) -> GraphRunner:
+        """The decoder graph."""
+        return self._graphs[DECODER]
+
+    def vision(self, batch: VisionBatch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Encode images and videos in one call.
+
+        Returns:
+            ``image_embeds (T, H)`` and ``deepstack_embeds (T, num_deepstack*H)``, float32.
+
+        Raises:
+            InputError: the model is text-only.
+        """
+        if VISION_ENCODER not in self._graphs:
+            raise InputError(f"{self.bundle.folder}: this model takes text only; leave out images and videos")
+        outputs = self._graphs[VISION_ENCODER].run(batch.graph_inputs())
+        return outputs["image_embeds"], outputs["deepstack_embeds"]
+
+
+def _load(bundle: Bundle, name: str, threads: int | None) -> onnxruntime.InferenceSession:
+    path = bundle.graph_path(name)
+    try:
+        options = _session_options(name, threads)
+        session = onnxruntime.InferenceSession(str(path), options, providers=_PROVIDERS)
+    except Exception as error:  # ONNX Runtime raises bare subclasses of Exception
+        raise BundleError(_load_failure(bundle, name, str(path), error)) from None
+    bundle.check_graph(name, _specs(session.get_inputs()), _specs(session.get_outputs()))
+    return session
+
+
+def _session_options(name: str, threads: int | None) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY + 1  # failures come as exceptions; the log would say them twice
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if name == VISION_ENCODER:
+        # each session has its own threads: those of the encoder must not spin while the decoder works
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _load_failure(bundle: Bundle, name: str, path: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) <= 300 else reason[:300] + "…"
+    made_with = bundle.manifest.versions.get("onnxruntime")
+    if "IR version" in reason or "opset" in reason.lower():
+        remedy = "install a newer onnxruntime (pip install -U onnxruntime) or export the checkpoint again"
+    else:
+        remedy = "export the checkpoint again"
+    made = f" (exported with {made_with})" if made_with else ""
+    return (
+        f"{path}: onnxruntime {onnxruntime.__version__}{made} cannot load graph '{name}': {reason}; {remedy}"
+    )
+
+
+def _specs(values: Any) -> list[TensorSpec]:
+    specs = []
+    for value in values:
+        shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+        specs.append(TensorSpec(name=value.name, dtype=_DTYPES.get(value.type, value.type), shape=shape))
+    return specs

@@ -1,0 +1,155 @@
+"""Are the files of a bundle those its manifest describes? Large files are hashed once and then remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from deepstitch.errors import BundleError, InputError, did_you_mean
+from deepstitch.manifest import MANIFEST_NAME, FileRecord, Manifest, file_sha256
+
+__all__ = ["LARGE_FILE_BYTES", "VERIFY_VARIABLE", "Verify", "verify_files", "verify_level"]
+
+Verify = Literal["auto", "full", "size"]
+VERIFY_VARIABLE = "DEEPSTITCH_VERIFY"
+CACHE_VARIABLE = "DEEPSTITCH_CACHE"
+LARGE_FILE_BYTES = 64 << 20  # below this a hash takes less than a tenth of a second
+
+_REMEDY = "copy the bundle again, or export it again"
+
+
+def verify_level(level: str | None) -> Verify:
+    """Resolve the checking level: the argument, else the environment variable, else ``auto``.
+
+    ``auto`` hashes every file, but a large one only when its path, size or modification time is new;
+    ``full`` hashes everything; ``size`` compares sizes alone.
+
+    Raises:
+        InputError: not one of the three.
+    """
+    source = "verify" if level is not None else VERIFY_VARIABLE
+    chosen = level if level is not None else os.environ.get(VERIFY_VARIABLE, "auto")
+    if chosen == "auto" or chosen == "full" or chosen == "size":
+        return chosen
+    known = ("auto", "full", "size")
+    raise InputError(f"{source}={chosen!r}{did_you_mean(chosen, known)}; use one of {', '.join(known)}")
+
+
+def verify_files(folder: Path, manifest: Manifest, level: Verify, *, progress: bool) -> None:
+    """Compare every file with its record.
+
+    Args:
+        folder: the bundle.
+        manifest: its manifest.
+        level: see :func:`verify_level`.
+        progress: show a bar on stderr while large files are hashed (never where stderr is no terminal).
+
+    Raises:
+        BundleError: a file is missing, has another size or other contents, or lies outside the folder.
+    """
+    for name, record in manifest.files.items():
+        _check_size(folder, name, record)
+    if level == "size":
+        return
+    large: list[str] = []
+    for name, record in manifest.files.items():
+        if record.size >= LARGE_FILE_BYTES:
+            large.append(name)
+        else:
+            _check_hash(folder / name, record, file_sha256(folder / name))
+    if level == "auto":
+        large = [name for name in large if not _is_remembered(folder / name, manifest.files[name])]
+    _hash_large(folder, manifest, large, progress=progress)
+
+
+def _check_size(folder: Path, name: str, record: FileRecord) -> None:
+    parts = PurePosixPath(name).parts
+    if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\\" in name or ":" in name:
+        raise BundleError(
+            f"{folder / MANIFEST_NAME}: '{name}' lies outside the bundle; the manifest was edited, export again"
+        )
+    path = folder / name
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise BundleError(f"{path}: missing, the bundle is incomplete; {_REMEDY}") from None
+    if not path.is_file():
+        raise BundleError(f"{path}: not a file; {_REMEDY}")
+    if size != record.size:
+        raise BundleError(f"{path}: {size} bytes, the manifest says {record.size}; {_REMEDY}")
+
+
+def _check_hash(path: Path, record: FileRecord, sha256: str) -> None:
+    if sha256 != record.sha256:
+        raise BundleError(
+            f"{path}: its contents changed since the export (sha256 {sha256[:12]}…, the manifest says "
+            f"{record.sha256[:12]}…); {_REMEDY}"
+        )
+
+
+def _hash_large(folder: Path, manifest: Manifest, names: Iterable[str], *, progress: bool) -> None:
+    from tqdm import tqdm
+
+    names = list(names)
+    if not names:
+        return
+    total = sum(manifest.files[name].size for name in names)
+    # disable=None switches the bar off where stderr is no terminal
+    with tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc="checking weights",
+        disable=None if progress else True,
+        leave=False,
+    ) as bar:
+        for name in names:
+            path, record = folder / name, manifest.files[name]
+            before = path.stat()
+            _check_hash(path, record, file_sha256(path, bar.update))
+            _remember(path, record, before)
+
+
+def _is_remembered(path: Path, record: FileRecord) -> bool:
+    try:
+        stamp = json.loads(_stamp_path(path).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(stamp == _stamp(path, record, path.stat()))
+
+
+def _remember(path: Path, record: FileRecord, state: os.stat_result) -> None:
+    """Write the stamp; a read-only home only means hashing again next time."""
+    target = _stamp_path(path)
+    with contextlib.suppress(OSError):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(_stamp(path, record, state)), "utf-8")
+        temporary.replace(target)
+
+
+def _stamp(path: Path, record: FileRecord, state: os.stat_result) -> dict[str, str | int]:
+    return {
+        "path": str(path.resolve()),
+        "size": state.st_size,
+        "mtime_ns": state.st_mtime_ns,
+        "sha256": record.sha256,
+    }
+
+
+def _stamp_path(path: Path) -> Path:
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+    return _cache_folder() / "verified" / f"{name}.json"
+
+
+def _cache_folder() -> Path:
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen)
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "deepstitch"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepstitch"
