@@ -10,6 +10,10 @@ TORCH ?= torch==2.13.0
 PIP_TORCH ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
+# One of the questions of models/sample/pictures/questions.json
+PICTURE := models/sample/pictures/count.png
+QUESTION := How many shapes are there?
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -19,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/export-installed
 	rm -rf demo
 	$(BIN)/deepstitch export models/sample/checkpoint --target ort-cpu -o demo --no-compare
-	$(BIN)/python models/sample/ask.py demo
+	$(BIN)/deepstitch run demo --image $(PICTURE) --prompt "$(QUESTION)"
 
 test: lint typecheck pytest
 

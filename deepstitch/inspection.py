@@ -115,7 +115,7 @@ class Inspection:
 
 
 def inspect(
-    path: str | Path, *, context: int | None = None, batch: int = 1, prefill_chunk: int = 512
+    path: str | Path, *, context: int | None = None, batch: int = 1, prefill_chunk: int | None = None
 ) -> Inspection:
     """Describe a checkpoint or bundle folder.
 
@@ -123,7 +123,7 @@ def inspect(
         path: the folder; one with manifest.json is a bundle.
         context: tokens per row for the memory estimate; None takes 4096 or what the model allows, if less.
         batch: rows for the memory estimate.
-        prefill_chunk: prompt tokens per decoder call for the memory estimate.
+        prefill_chunk: prompt tokens per decoder call for the memory estimate; None takes the context at once.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged.
@@ -147,6 +147,7 @@ def _workload(request: Mapping[str, int | None], limit: int) -> Workload:
 
 
 def _inspect_checkpoint(folder: Path, request: Mapping[str, int | None]) -> Inspection:
+    from deepstitch.export.facts import active_parameters
     from deepstitch.models.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(folder)
@@ -163,7 +164,7 @@ def _inspect_checkpoint(folder: Path, request: Mapping[str, int | None]) -> Insp
         path=str(folder),
         architecture=_architecture(config),
         parameters=total,
-        active_parameters=total - _idle_parameters(config, modules),
+        active_parameters=active_parameters(config.text, total),
         modules=modules,
         files=tuple(
             FileStatus(name=file.name, size=file.stat().st_size, sha256=None, status="not listed")
@@ -269,7 +270,7 @@ def _decoder_shape(config: ModelConfig) -> DecoderShape:
 
 
 def _module_sizes(entries: Iterable[TensorEntry]) -> tuple[ModuleSize, ...]:
-    grouped: dict[str, list[TensorEntry]] = {name: [] for name, _ in _MODULES} | {_OTHER: []}
+    grouped: dict[str, list[TensorEntry]] = {name: [] for name in (*(name for name, _ in _MODULES), _OTHER)}
     for entry in entries:
         grouped[_module_of(entry.name)].append(entry)
     return tuple(_module_size(name, group) for name, group in grouped.items() if group)
@@ -285,14 +286,6 @@ def _module_size(name: str, entries: list[TensorEntry]) -> ModuleSize:
         by_dtype[entry.dtype] = by_dtype.get(entry.dtype, 0) + entry.nbytes
     parameters = sum(math.prod(entry.shape) for entry in entries)
     return ModuleSize(name=name, tensors=len(entries), parameters=parameters, bytes_by_dtype=by_dtype)
-
-
-def _idle_parameters(config: ModelConfig, modules: Iterable[ModuleSize]) -> int:
-    """Parameters of the experts one token is not routed to."""
-    experts = sum(module.parameters for module in modules if module.name == "experts")
-    if not config.text.num_experts:
-        return 0
-    return experts // config.text.num_experts * (config.text.num_experts - config.text.num_experts_per_tok)
 
 
 def _file_status(folder: Path, manifest: Manifest, name: str) -> FileStatus:

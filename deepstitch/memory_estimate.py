@@ -19,12 +19,12 @@ class Workload:
     Attributes:
         context: tokens per row, prompt and answer together.
         batch: rows.
-        prefill_chunk: prompt tokens per decoder call.
+        prefill_chunk: prompt tokens per decoder call; None gives the whole context at once.
     """
 
     context: int
     batch: int = 1
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class DecoderShape:
         result, and the full score matrix, which the CPU kernels store), the feed-forward block (gate, up,
         product) and the logits.
         """
-        chunk = min(workload.prefill_chunk, workload.context)
+        chunk = min(workload.prefill_chunk or workload.context, workload.context)
         tokens = workload.batch * chunk
         streams = 3 * tokens * self.hidden_size
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads

@@ -24,7 +24,6 @@ from deepstitch.export.lower import target as find_target
 from deepstitch.export.trace import trace_decoder, trace_vision_encoder
 from deepstitch.export.weights import WeightPlan
 from deepstitch.export.writer import (
-    REFERENCE_FOLDER,
     WEIGHTS_FILE,
     atomic_folder,
     copy_files,
@@ -96,7 +95,7 @@ def export_checkpoint(config: ExportConfig) -> Path:
     checkpoint = Checkpoint.open(config.checkpoint)
     sources = checkpoint.sources(expert_layout=config.expert_layout)
     if config.by_reference:
-        _refuse_unreferenceable(sources)
+        _refuse_other_layouts(sources)
     facts.eos_token_ids(checkpoint.folder)  # refuses a damaged generation_config.json before any work
     refuse_existing(config.output, overwrite=config.overwrite)
     embedding = facts.embedding_name(checkpoint.config)
@@ -106,11 +105,15 @@ def export_checkpoint(config: ExportConfig) -> Path:
     plan.add(embedding)
     with atomic_folder(config.output, overwrite=config.overwrite) as folder:
         places, files = _write_weights(plan, checkpoint, folder, config)
+        location = {Path(name).name: name for name in files}
         copied = copy_files(checkpoint.folder, folder)
         contracts = {DECODER: decoder_contract(checkpoint.config)}
         if checkpoint.config.vision is not None:
             contracts[VISION_ENCODER] = vision_contract(checkpoint.config.vision)
-        written = {name: _write_graph(model, name, plan, places, folder, *contracts[name]) for name, model in graphs.items()}
+        written = {}
+        for name, model in graphs.items():
+            plan.attach(model, places, location)
+            written[name] = _write_graph(model, name, folder, *contracts[name], check=not config.by_reference)
         for path in (*copied, *(folder / graph.file for graph in written.values())):
             files[path.name] = FileRecord(sha256=file_sha256(path), size=path.stat().st_size)
         manifest = Manifest(
@@ -122,7 +125,7 @@ def export_checkpoint(config: ExportConfig) -> Path:
             versions=_versions(),
             model=facts.model_facts(checkpoint, batched_continuation=target.batched_continuation),
             vision=facts.vision_facts(checkpoint.config),
-            embedding=EmbeddingTable(file=_relative(places[embedding], config), tensor=places[embedding].name),
+            embedding=EmbeddingTable(file=location[places[embedding].path.name], tensor=places[embedding].name),
             graphs=written,
             files=files,
         )
@@ -130,7 +133,7 @@ def export_checkpoint(config: ExportConfig) -> Path:
     return config.output
 
 
-def _refuse_unreferenceable(sources: Mapping[str, WeightSource]) -> None:
+def _refuse_other_layouts(sources: Mapping[str, WeightSource]) -> None:
     for name, source in sources.items():
         if source.in_place is None:
             raise CheckpointError(
@@ -159,39 +162,36 @@ def _write_weights(
 ) -> tuple[dict[str, TensorEntry], dict[str, FileRecord]]:
     """Write or link the weights; return where each planned tensor lies, and the files' identities."""
     disable = None if config.progress else True
+    copied = [tensor for name, tensor in plan.tensors.items() if not plan.is_referenced(name)]
+    total = sum(tensor.nbytes for tensor in copied)
+    with tqdm(total=total, desc="write weights", unit="B", unit_scale=True, disable=disable) as bar:
+        places, record = write_weights(copied, folder / WEIGHTS_FILE, bar.update)
+    files = {WEIGHTS_FILE: record}
     if config.by_reference:
         total = sum(path.stat().st_size for path in checkpoint.files)
         with tqdm(total=total, desc="hash weights", unit="B", unit_scale=True, disable=disable) as bar:
-            files = link_checkpoint(checkpoint.files, folder, bar.update)
-        places = {name: entry for name, t in plan.tensors.items() if (entry := t.source.in_place) is not None}
-        return places, files
-    total = sum(tensor.nbytes for tensor in plan.tensors.values())
-    with tqdm(total=total, desc="write weights", unit="B", unit_scale=True, disable=disable) as bar:
-        places, record = write_weights(plan.tensors.values(), folder / WEIGHTS_FILE, bar.update)
-    return places, {WEIGHTS_FILE: record}
-
-
-def _relative(entry: TensorEntry, config: ExportConfig) -> str:
-    return f"{REFERENCE_FOLDER}/{entry.path.name}" if config.by_reference else entry.path.name
+            files |= link_checkpoint(checkpoint.files, folder, bar.update)
+        for name, tensor in plan.tensors.items():
+            if plan.is_referenced(name) and tensor.source.in_place is not None:
+                places[name] = tensor.source.in_place
+    return places, files
 
 
 def _write_graph(
     model: ir.Model,
     name: str,
-    plan: WeightPlan,
-    places: Mapping[str, TensorEntry],
     folder: Path,
     inputs: tuple[TensorSpec, ...],
     outputs: tuple[TensorSpec, ...],
+    *,
+    check: bool,
 ) -> Graph:
-    location = f"{REFERENCE_FOLDER}/" if plan.by_reference else ""
-    plan.attach(model, places, {entry.path.name: location + entry.path.name for entry in places.values()})
     model.graph.name = name
     proto = ir.serde.serialize_model(model)
     proto.producer_version = deepstitch.__version__
     path = folder / f"{name}.onnx"
     onnx.save(proto, path)
-    if not plan.by_reference:  # the checker refuses hard links
+    if check:  # onnx's checker refuses the hard links of a bundle by reference
         onnx.checker.check_model(path)
     nodes = sum(1 for _ in model.graph.all_nodes())
     return Graph(file=path.name, opset=model.graph.opset_imports[""], nodes=nodes, inputs=inputs, outputs=outputs)

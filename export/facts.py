@@ -33,11 +33,16 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
             raw = json.loads(path.read_text("utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path}: expected a JSON object")
         found = raw.get("eos_token_id")
         if found is None:
             found = raw.get("text_config", {}).get("eos_token_id")
         if found is not None:
-            return tuple(found) if isinstance(found, list) else (int(found),)
+            ids = found if isinstance(found, list) else [found]
+            if not ids or any(type(token) is not int for token in ids):
+                raise CheckpointError(f"{path}: eos_token_id is {found!r}, expected a token id or a list of them")
+            return tuple(ids)
     raise CheckpointError(f"{folder}: no eos_token_id in generation_config.json or config.json; generation would not stop")
 
 

@@ -18,7 +18,7 @@ __all__ = ["PlannedTensor", "Relayout", "WeightPlan"]
 
 _IR_DTYPE = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 _BLOCK_BYTES = 64 << 20  # float32 bytes converted at a time; bounds the memory of an export
-_KEPT_FP32 = (".mlp.gate.weight",)  # a rounded router sends tokens to other experts
+_ROUTER = ".mlp.gate.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +121,12 @@ class PlannedTensor:
 class WeightPlan:
     """Collects what the lowering passes decide about weights; the writer carries it out.
 
+    Vectors and routers are stored as fp32 whatever was asked for: they are small, and a rounded router sends tokens to
+    other experts.
+
     Attributes:
-        tensors: the weight file's tensors, in the order they were planned.
-        by_reference: weights stay in the checkpoint's files, and layouts and casts become graph nodes.
+        tensors: what the graphs and the runtime read, in the order it was planned.
+        by_reference: matrices stay in the checkpoint's files, and their layouts and casts become graph nodes.
     """
 
     def __init__(self, sources: Mapping[str, WeightSource], *, weights: str, by_reference: bool, tied: str | None) -> None:
@@ -159,7 +162,7 @@ class WeightPlan:
 
     def relayout(self, value: ir.Value, relayout: Relayout, graph: ir.Graph, before: ir.Node) -> ir.Value:
         """Have a weight in another order: rewritten when streamed, or rearranged by nodes when referenced."""
-        if self.by_reference:
+        if self.is_referenced(value.name or ""):
             return relayout.emit(value, graph, before)
         self.add(value.name or "", relayout)
         value.shape = ir.Shape(relayout.merged)
@@ -173,11 +176,17 @@ class WeightPlan:
             self.tensors[name] = PlannedTensor(name, source, self._stored_dtype(name, source), relayout)
         return self.tensors[name]
 
+    def is_referenced(self, name: str) -> bool:
+        """Whether a parameter stays in the checkpoint's own bytes."""
+        return self.by_reference and self._is_large(self.parameter(name))
+
+    def _is_large(self, name: str) -> bool:
+        return len(self._sources[name].shape) > 1 and not name.endswith(_ROUTER)
+
     def _stored_dtype(self, name: str, source: WeightSource) -> str:
-        if self.by_reference:
+        if self.is_referenced(name):
             return source.dtype
-        matrix = len(source.shape) > 1 and not name.endswith(_KEPT_FP32)
-        return "F16" if self._weights == "fp16" and matrix else "F32"
+        return "F16" if self._weights == "fp16" and self._is_large(name) else "F32"
 
     def bind(self, model: ir.Model) -> None:
         """Give every weight of a lowered graph its stored dtype, with a Cast to float32 where they differ.

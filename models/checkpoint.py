@@ -223,8 +223,9 @@ class Checkpoint:
             source, names = found
             used.update(names)
             sources[name] = source
-        if self.config.text.tie_word_embeddings:
-            used.add("lm_head.weight")  # some savers write the tied matrix twice
+        if self.config.text.tie_word_embeddings and "lm_head.weight" in available:
+            _check_tied_head(available["lm_head.weight"], sources)
+            used.add("lm_head.weight")
         self._refuse(missing, set(available) - used)
         return sources
 
@@ -315,6 +316,24 @@ def _check_dtype(entry: TensorEntry) -> None:
     if entry.dtype not in _FLOAT_DTYPES:
         raise CheckpointError(
             f"{entry.path}: tensor '{entry.name}' has dtype {entry.dtype}; weights must be one of {', '.join(_FLOAT_DTYPES)}"
+        )
+
+
+def _check_tied_head(head: TensorEntry, sources: Mapping[str, WeightSource]) -> None:
+    """Some savers write the tied matrix twice; two different matrices mean that config.json is wrong."""
+    name = next((name for name in sources if name.endswith("embed_tokens.weight")), None)
+    if name is None:
+        return  # reported as missing
+    embedding, step = sources[name], 4096
+    _check_dtype(head)
+    equal = head.shape == embedding.shape and all(
+        np.array_equal(StoredTensor(head).read_float32(row, row + step), embedding.read_float32(row, row + step))
+        for row in range(0, head.shape[0], step)
+    )
+    if not equal:
+        raise CheckpointError(
+            f"{head.path}: tie_word_embeddings is true, but lm_head.weight differs from {name}; "
+            "set tie_word_embeddings to false in config.json if the model has a head of its own"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,35 @@ def _take(raw: dict[str, Any], known: frozenset[str], where: str) -> dict[str, A
             f"{where}: unknown key {list_names(unknown)}{did_you_mean(name, known)}; deepstitch does not know what it "
             "changes in the model. Remove it if it has no effect on the forward pass"
         )
-    return {key: value for key, value in raw.items() if key in known}
+    return {key: value for key, value in raw.items() if key in known and value is not None}
+
+
+def _check_types(kind: type[Any], values: dict[str, Any], where: str) -> None:
+    """Refuse values of another type than the dataclass says; sizes are positive, or 0 where 0 is the default."""
+    for field in dataclasses.fields(kind):
+        if field.name not in values:
+            continue
+        value, annotation = values[field.name], str(field.type)
+        if annotation.startswith("int"):
+            valid, expected = type(value) is int and value >= int(field.default != 0), "a positive whole number"
+        elif annotation == "float":
+            valid, expected = type(value) in (int, float) and value > 0, "a positive number"
+        elif annotation == "bool":
+            valid, expected = type(value) is bool, "true or false"
+        elif annotation.startswith("tuple"):
+            valid = isinstance(value, list | tuple) and all(type(entry) is int and entry >= 0 for entry in value)
+            expected = "a list of whole numbers"
+        else:
+            continue
+        if not valid:
+            raise ConfigError(f"{where}: {field.name} is {value!r}, expected {expected}")
+
+
+def _section(raw: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    section = raw.get(key) or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{where}: {key} is {section!r}, expected an object")
+    return section
 
 
 def _require(raw: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
@@ -54,10 +83,10 @@ def _only(raw: dict[str, Any], key: str, allowed: tuple[Any, ...], where: str) -
 
 def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """Read both spellings: ``rope_parameters`` (transformers 5) and ``rope_theta`` + ``rope_scaling``."""
-    rope = dict(raw.get("rope_scaling") or {})
+    rope = dict(_section(raw, "rope_scaling", where))
     if raw.get("rope_theta") is not None:
         rope.setdefault("rope_theta", raw["rope_theta"])
-    rope.update(raw.get("rope_parameters") or {})
+    rope.update(_section(raw, "rope_parameters", where))
     rope_type = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     # Qwen2-VL wrote the type "mrope" for what is now "default" plus mrope_section.
@@ -121,7 +150,9 @@ class TextConfig:
             "num_local_experts",
         }
         values = _take(raw, known, where)
+        _check_types(cls, values, where)
         rope = _rope(values, where)
+        _check_types(cls, rope, where)
         for key in ("rope_scaling", "rope_parameters", "rope_theta"):
             values.pop(key, None)
         _only(values, "hidden_act", ("silu",), where)
@@ -136,7 +167,8 @@ class TextConfig:
         if bool(experts) != moe:
             raise ConfigError(f"{where}: num_experts is {experts}, which contradicts the model type")
         heads = values["num_attention_heads"]
-        head_dim = values.get("head_dim") or values["hidden_size"] // heads
+        # transformers defaults, which differ by family
+        head_dim = values.get("head_dim") or (values["hidden_size"] // heads if moe else 128)
         section = tuple(rope.get("mrope_section") or ((24, 20, 20) if multimodal else (head_dim // 2, 0, 0)))
         if len(section) != 3 or sum(section) != head_dim // 2:
             raise ConfigError(
@@ -169,8 +201,13 @@ class TextConfig:
                 f"{where}: {self.num_attention_heads} attention heads are not a multiple of "
                 f"{self.num_key_value_heads} key/value heads"
             )
-        if self.num_experts_per_tok > self.num_experts:
-            raise ConfigError(f"{where}: num_experts_per_tok {self.num_experts_per_tok} > num_experts {self.num_experts}")
+        if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
+            raise ConfigError(
+                f"{where}: num_experts_per_tok {self.num_experts_per_tok} must lie in 1..{self.num_experts} (num_experts)"
+            )
+        dense = any(not self.is_moe_layer(index) for index in range(self.num_hidden_layers))
+        if dense and not self.intermediate_size:
+            raise ConfigError(f"{where}: missing key intermediate_size; some layers have no experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +250,8 @@ class VisionConfig:
         values = _take(raw, known, where)
         _only(values, "hidden_act", ("gelu_pytorch_tanh",), where)
         values.pop("hidden_act", None)
-        rope = dict(values.pop("rope_parameters", None) or {})
+        rope = _section(values, "rope_parameters", where)
+        values.pop("rope_parameters", None)
         rope_type = rope.get("rope_type", "axial")
         if rope_type not in ("axial", "default"):
             raise UnsupportedError(f"{where}: rope type {rope_type!r} is not supported, only 'axial'")
@@ -224,9 +262,10 @@ class VisionConfig:
             "temporal_patch_size": 2,
             "num_position_embeddings": 2304,
             "deepstack_visual_indexes": (8, 16, 24),
-            "rope_theta": float(rope.get("rope_theta", 10000.0)),
+            "rope_theta": rope.get("rope_theta", 10000.0),
         }
         values = {**defaults, **values}
+        _check_types(cls, values, where)
         values["deepstack_visual_indexes"] = tuple(values["deepstack_visual_indexes"])
         config = cls(**values)
         config._check(where)
@@ -235,9 +274,12 @@ class VisionConfig:
     def _check(self, where: str) -> None:
         if round(self.num_position_embeddings**0.5) ** 2 != self.num_position_embeddings:
             raise ConfigError(f"{where}: num_position_embeddings {self.num_position_embeddings} is not a square")
-        if any(not 0 <= tap < self.depth for tap in self.deepstack_visual_indexes):
-            taps = list(self.deepstack_visual_indexes)
-            raise ConfigError(f"{where}: deepstack_visual_indexes {taps} reach outside the {self.depth} blocks")
+        taps = list(self.deepstack_visual_indexes)
+        if not taps or taps != sorted(set(taps)) or taps[-1] >= self.depth:
+            raise ConfigError(
+                f"{where}: deepstack_visual_indexes {taps} must be distinct, ascending numbers of the {self.depth} blocks, "
+                "at least one"
+            )
         if self.hidden_size % self.num_heads or self.head_dim % 4:
             raise ConfigError(f"{where}: hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a multiple of 4")
 
@@ -280,10 +322,11 @@ class ModelConfig:
         ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         _require(raw, ("text_config", "vision_config", *ids), where)
         values = _take(raw, frozenset(("text_config", "vision_config", "quantization_config", *ids)), where)
+        _check_types(cls, values, where)
         text = TextConfig.from_dict(
-            raw["text_config"], moe=moe, multimodal=True, tie_word_embeddings=tied, where=f"{where} text_config"
+            _section(raw, "text_config", where), moe=moe, multimodal=True, tie_word_embeddings=tied, where=f"{where} text_config"
         )
-        vision = VisionConfig.from_dict(raw["vision_config"], where=f"{where} vision_config")
+        vision = VisionConfig.from_dict(_section(raw, "vision_config", where), where=f"{where} vision_config")
         config = cls(model_type=model_type, text=text, vision=vision, **{key: values[key] for key in ids})
         if vision.out_hidden_size != text.hidden_size:
             raise ConfigError(

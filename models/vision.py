@@ -136,10 +136,10 @@ class VisionEncoder(nn.Module):
         positions = (self.pos_embed(position_indices) * position_weights[..., None]).sum(0)
         hidden = self.patch_embed(pixel_values) + positions
         cos_sin = (rotary_cos[None], rotary_sin[None])
-        taps: dict[int, Tensor] = {}
+        taps = dict(zip(self.config.deepstack_visual_indexes, self.deepstack_merger_list, strict=True))
+        deepstack: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             hidden = block(hidden, cos_sin, cu_seqlens)
-            if index in self.config.deepstack_visual_indexes:
-                order = self.config.deepstack_visual_indexes.index(index)
-                taps[order] = self.deepstack_merger_list[order](hidden)
-        return self.merger(hidden), torch.cat([taps[order] for order in sorted(taps)], dim=-1)
+            if index in taps:
+                deepstack.append(taps[index](hidden))
+        return self.merger(hidden), torch.cat(deepstack, dim=-1)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from deepstitch.runtime.verify import verify_files, verify_level
-
 from deepstitch.errors import BundleError, list_names
 from deepstitch.manifest import MANIFEST_NAME, Graph, Manifest, TensorSpec
+from deepstitch.runtime.verify import verify_files, verify_level
 
 __all__ = ["DECODER", "VISION_ENCODER", "Bundle"]
 

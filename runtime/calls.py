@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from deepstitch.runtime.engine import Array, GraphRunner
-from deepstitch.runtime.kvcache import KVCache
 
 from deepstitch.manifest import ModelFacts
+from deepstitch.runtime.engine import Array, GraphRunner
+from deepstitch.runtime.kvcache import KVCache
 
 __all__ = ["Floats", "Ints", "RowTokens", "StepCall"]
 

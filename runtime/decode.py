@@ -1,7 +1,7 @@
 """The decoder graph over a KV cache: prefill of whole rows, and steps of one token per row.
 
-Everything that depends on a kernel's limits is decided here: whether several rows may share one call, and how a
-long prompt is cut into chunks.
+Everything that depends on a kernel's limits is decided here: whether several rows may share one call, and how
+a long prompt is cut into chunks.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+
+from deepstitch.errors import InputError
 from deepstitch.runtime.bundle import DECODER
 from deepstitch.runtime.calls import Floats, Ints, RowTokens, StepCall
 from deepstitch.runtime.engine import Engine
 from deepstitch.runtime.kvcache import KVCache, cache_tensors
-
-from deepstitch.errors import InputError
 
 __all__ = ["DecoderState", "RowTokens"]
 

@@ -1,4 +1,4 @@
-"""From token ids to decoder inputs: the embedding table beside the graph, and the visual rows merged into it."""
+"""From token ids to decoder inputs: the embedding table beside the graph, with visual rows merged in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deepstitch.runtime.encoder_cache import VisionFeatures
 from deepstitch.runtime.preprocess import Prompt
 from deepstitch.tensorfile import TensorFile, to_float32
 
-__all__ = ["EmbeddingTable", "first_tokens_of_items", "merge"]
+__all__ = ["EmbeddingTable", "item_spans", "merge"]
 
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -37,8 +37,9 @@ class EmbeddingTable:
         entry = TensorFile.open(bundle.folder / place.file)[place.tensor]
         if entry.dtype not in _FLOATS or entry.shape != (model.vocab_size, model.hidden_size):
             raise BundleError(
-                f"{entry.path}: embedding '{entry.name}' is {entry.dtype} {list(entry.shape)}, expected one of "
-                f"{', '.join(_FLOATS)} and [{model.vocab_size}, {model.hidden_size}]; export the checkpoint again"
+                f"{entry.path}: embedding '{entry.name}' is {entry.dtype} {list(entry.shape)}, "
+                f"expected [{model.vocab_size}, {model.hidden_size}] of {', '.join(_FLOATS)}; "
+                "export the checkpoint again"
             )
         # a plain view: indexing a numpy.memmap costs several times as much per call
         return cls(np.asarray(entry.read()), entry.dtype)
@@ -75,7 +76,9 @@ def merge(
     """
     ids = prompt.input_ids[start:]
     if ids.size and not 0 <= ids.min() <= ids.max() < len(table):
-        raise InputError(f"the prompt holds token id {ids.max()}, the model has {len(table)}; is its tokenizer another's?")
+        raise InputError(
+            f"the prompt holds token id {ids.max()}, the model has {len(table)}; is its tokenizer another's?"
+        )
     embeds = table(ids)
     index = np.zeros(len(ids), np.int32)
     places = np.flatnonzero(np.isin(ids, visual_ids))
@@ -96,10 +99,12 @@ def merge(
     )
 
 
-def first_tokens_of_items(prompt: Prompt, visual_ids: Sequence[int]) -> npt.NDArray[np.int64]:
-    """``(N,)`` index of the first visual token of each image and clip of a prompt."""
+def item_spans(
+    prompt: Prompt, visual_ids: Sequence[int]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """First visual token of each image and clip, and one past its last; ``(N,)`` each."""
     if prompt.vision is None:
-        return np.zeros(0, np.int64)
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
     places = np.flatnonzero(np.isin(prompt.input_ids, visual_ids))
-    counts = prompt.vision.tokens_per_item
-    return places[np.cumsum(counts) - counts]
+    ends = np.cumsum(prompt.vision.tokens_per_item)
+    return places[ends - prompt.vision.tokens_per_item], places[ends - 1] + 1

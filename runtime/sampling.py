@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,19 @@ from deepstitch.errors import DeepstitchError, InputError, did_you_mean
 __all__ = ["GenerationOptions", "Sampler", "log_probabilities"]
 
 _SHORT_LIST = 1024
+_OPTIONAL = ("seed", "prefill_chunk")
+_Check = tuple[str, type, Callable[[Any], bool], str]
+_RANGES: tuple[_Check, ...] = (
+    ("max_tokens", Integral, lambda value: value >= 1, "whole number, 1 or more"),
+    ("temperature", Real, lambda value: value >= 0, "number, 0 or more (0 is greedy)"),
+    ("top_k", Integral, lambda value: value >= 0, "whole number, 0 or more (0 is off)"),
+    ("top_p", Real, lambda value: 0 < value <= 1, "number above 0 and at most 1 (1 is off)"),
+    ("min_p", Real, lambda value: 0 <= value < 1, "number, at least 0 and below 1 (0 is off)"),
+    ("repetition_penalty", Real, lambda value: value > 0, "number above 0 (1 is off)"),
+    ("seed", Integral, lambda value: value >= 0, "whole number, 0 or more"),
+    ("logprobs", Integral, lambda value: value >= 0, "whole number, 0 or more, or True"),
+    ("prefill_chunk", Integral, lambda value: value >= 1, "whole number, 1 or more"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,14 +40,14 @@ class GenerationOptions:
         max_tokens: most tokens to write.
         temperature: 0 takes the most probable token; higher values flatten the distribution.
         top_k: keep the k most probable tokens; 0 keeps all.
-        top_p: keep the smallest set of most probable tokens whose probabilities sum to at least this; 1 keeps all.
+        top_p: keep the fewest, most probable tokens whose probabilities sum to at least this; 1 keeps all.
         min_p: drop tokens less probable than this fraction of the most probable one; 0 drops none.
-        repetition_penalty: divide positive and multiply negative logits of tokens seen before; 1 changes nothing.
+        repetition_penalty: divide positive and multiply negative logits of tokens seen before; 1 is off.
         seed: makes sampling repeatable; each row of a batch draws the numbers a run of its own would draw.
         stop: strings that end the answer; neither they nor what follows is part of the text.
-        logprobs: ``True`` reports the log probability of each chosen token, a number n also the n most probable ones.
-            They are those of the model: before penalty, temperature and filters.
-        prefill_chunk: at most this many prompt tokens per decoder call; ``None`` takes the prompt at once.
+        logprobs: ``True`` reports the log probability of each chosen token, a number n also those of the n
+            most probable ones. They are the model's own: before penalty, temperature and filters.
+        prefill_chunk: at most this many prompt tokens per decoder call; ``None``: all at once.
         ignore_eos: write until ``max_tokens``; for measurements.
     """
 
@@ -51,17 +65,12 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         """Check every field; raises InputError."""
-        _check_whole("max_tokens", self.max_tokens, 1)
-        _check_whole("top_k", self.top_k, 0)
-        _check_number("temperature", self.temperature, self.temperature >= 0, "0 or more (0 is greedy)")
-        _check_number("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1 (1 is off)")
-        _check_number("min_p", self.min_p, 0 <= self.min_p < 1, "at least 0 and less than 1 (0 is off)")
-        _check_number("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "more than 0 (1 is off)")
-        if not isinstance(self.logprobs, bool):
-            _check_whole("logprobs", self.logprobs, 0)
-        for name in ("seed", "prefill_chunk"):
-            if getattr(self, name) is not None:
-                _check_whole(name, getattr(self, name), 0 if name == "seed" else 1)
+        for name, kind, valid, words in _RANGES:
+            value: Any = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if not isinstance(value, kind) or not math.isfinite(value) or not valid(value):
+                raise InputError(f"{name}={value!r}: use a {words}")
         if isinstance(self.stop, str) or not all(isinstance(each, str) and each for each in self.stop):
             raise InputError(f"stop={self.stop!r}: use a list of strings that are not empty")
 
@@ -75,15 +84,14 @@ class GenerationOptions:
         known = [each.name for each in dataclasses.fields(cls)]
         for name in keywords:
             if name not in known:
-                raise InputError(f"unknown option '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}")
+                raise InputError(
+                    f"unknown option '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}"
+                )
         values = dict(keywords)
         if "stop" in values:
             stop = values["stop"]
             values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        try:
-            return cls(**values)
-        except TypeError as error:  # a string compared with a number
-            raise InputError(f"bad generation option: {error}") from None
+        return cls(**values)
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -96,7 +104,9 @@ class GenerationOptions:
 class Sampler:
     """Chooses the tokens of one row."""
 
-    def __init__(self, options: GenerationOptions, prompt_ids: npt.NDArray[np.int64], vocab_size: int) -> None:
+    def __init__(
+        self, options: GenerationOptions, prompt_ids: npt.NDArray[np.int64], vocab_size: int
+    ) -> None:
         self._options = options
         self._random = np.random.default_rng(options.seed)
         self._penalised = options.repetition_penalty != 1
@@ -114,7 +124,9 @@ class Sampler:
             logits = self._penalise(logits)
         token = int(logits.argmax())  # argmax gives the first NaN, if there is one
         if not math.isfinite(logits[token]):
-            raise DeepstitchError(f"the decoder gave logit {logits[token]} for token {token}; check the weights of the bundle")
+            raise DeepstitchError(
+                f"the decoder gave logit {logits[token]} for token {token}; check the weights of the bundle"
+            )
         if self._options.temperature > 0:
             token = self._draw(logits)
         if self._penalised:
@@ -129,7 +141,7 @@ class Sampler:
         return logits
 
     def _draw(self, logits: npt.NDArray[np.float32]) -> int:
-        """Temperature, then top-k, top-p and min-p, each on what the one before left; then one random number."""
+        """Temperature, then top-k, top-p and min-p, each on what the one before left; one random number."""
         options = self._options
         weights = logits.astype(np.float64) - logits.max()
         weights = np.exp(weights / options.temperature)
@@ -145,10 +157,12 @@ class Sampler:
         return int(ids[min(int(place), len(ids) - 1)])
 
 
-def _nucleus(weights: npt.NDArray[np.float64], ids: npt.NDArray[np.intp], top_p: float) -> npt.NDArray[np.intp]:
+def _nucleus(
+    weights: npt.NDArray[np.float64], ids: npt.NDArray[np.intp], top_p: float
+) -> npt.NDArray[np.intp]:
     """The fewest of ``ids``, heaviest first, that hold at least the share ``top_p`` of their weight."""
     needed = top_p * weights[ids].sum()
-    # the nucleus is nearly always small: sort a short list first, the whole vocabulary only if that was not enough
+    # the nucleus is nearly always small: sort a short list first, everything only if that was not enough
     for size in (_SHORT_LIST, len(ids)):
         chosen = ids if size >= len(ids) else ids[np.argpartition(-weights[ids], size - 1)[:size]]
         chosen = chosen[np.argsort(-weights[chosen], kind="stable")]

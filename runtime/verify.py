@@ -16,6 +16,7 @@ from deepstitch.manifest import MANIFEST_NAME, FileRecord, Manifest, file_sha256
 __all__ = ["LARGE_FILE_BYTES", "VERIFY_VARIABLE", "Verify", "verify_files", "verify_level"]
 
 Verify = Literal["auto", "full", "size"]
+_LEVELS: tuple[Verify, ...] = ("auto", "full", "size")
 VERIFY_VARIABLE = "DEEPSTITCH_VERIFY"
 CACHE_VARIABLE = "DEEPSTITCH_CACHE"
 LARGE_FILE_BYTES = 64 << 20  # below this a hash takes less than a tenth of a second
@@ -34,10 +35,11 @@ def verify_level(level: str | None) -> Verify:
     """
     source = "verify" if level is not None else VERIFY_VARIABLE
     chosen = level if level is not None else os.environ.get(VERIFY_VARIABLE, "auto")
-    if chosen == "auto" or chosen == "full" or chosen == "size":
-        return chosen
-    known = ("auto", "full", "size")
-    raise InputError(f"{source}={chosen!r}{did_you_mean(chosen, known)}; use one of {', '.join(known)}")
+    for known in _LEVELS:
+        if chosen == known:
+            return known
+    hint = did_you_mean(chosen, _LEVELS)
+    raise InputError(f"{source}={chosen!r}{hint}; use one of {', '.join(_LEVELS)}")
 
 
 def verify_files(folder: Path, manifest: Manifest, level: Verify, *, progress: bool) -> None:
@@ -71,7 +73,7 @@ def _check_size(folder: Path, name: str, record: FileRecord) -> None:
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\\" in name or ":" in name:
         raise BundleError(
-            f"{folder / MANIFEST_NAME}: '{name}' lies outside the bundle; the manifest was edited, export again"
+            f"{folder / MANIFEST_NAME}: '{name}' lies outside the bundle; the manifest was edited"
         )
     path = folder / name
     try:

@@ -58,11 +58,11 @@ def sample_bundle(tmp_path_factory: pytest.TempPathFactory, sample_checkpoint: P
 
     def make(target: str = "ort-cpu", weights: str = "fp32") -> Path:
         if (target, weights) not in bundles:
-            from deepstitch.export import export_checkpoint
+            from deepstitch.export import ExportConfig, export_checkpoint
 
             folder = tmp_path_factory.mktemp("bundles") / f"sample-{target}-{weights}"
-            export_checkpoint(sample_checkpoint, target, folder, weights=weights, compare=False)
-            bundles[target, weights] = folder
+            config = ExportConfig(checkpoint=sample_checkpoint, output=folder, target=target, weights=weights)
+            bundles[target, weights] = export_checkpoint(config)
         return bundles[target, weights]
 
     return make

@@ -41,8 +41,8 @@ def run(*words: str, script: str = "sys.exit(code)") -> subprocess.CompletedProc
 
 
 def test_every_command_file_is_a_verb(repository: Path) -> None:
-    files = {path.stem for path in (repository / "deepstitch" / "commands").glob("*.py")} - {"__init__"}
-    assert files == set(VERBS)
+    modules = (repository / "deepstitch" / "commands").glob("*.py")
+    assert {path.stem for path in modules if "\ndef command(" in path.read_text("utf-8")} == set(VERBS)
 
 
 @pytest.mark.parametrize("verb", [None, *VERBS])
@@ -65,7 +65,7 @@ def test_help_lists_every_verb_with_its_purpose() -> None:
 
 
 def test_help_answers_in_under_300_ms() -> None:
-    """Processor time, which is the wall time on an idle machine and does not depend on what else runs on this one."""
+    """Processor time: the wall time of an idle machine, whatever else runs on this one."""
     run("--help")  # fills the file cache
     seconds = []
     for _ in range(5):

@@ -1,51 +1,30 @@
-"""One import package from four folders: its parts, its wheel, who may import whom, and life without the extras."""
+"""One import package from four folders: its parts, its wheel, and life without the extras."""
 
 from __future__ import annotations
 
-import ast
+import json
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from .layout import FOLDERS, module_name, sources
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     tomllib = pytest.importorskip("tomli")
 
-FOLDERS = ("deepstitch", "export", "models", "plugins", "runtime")
-MAPPED = ("export", "models", "plugins", "runtime")
-RUNTIME_LIBRARIES = {"numpy", "onnxruntime", "tokenizers", "jinja2", "PIL", "safetensors", "tqdm", "click"}
-RUNTIME_LIBRARIES |= {
-    "markupsafe",
-    "av",
-}  # comes with jinja2; av is the extra for video files, imported on use
-RUNTIME_SHARED = {"deepstitch.errors", "deepstitch.manifest", "deepstitch.tensorfile", "deepstitch.runtime"}
-# What a light module may import when it is imported itself; anything else belongs inside a function.
-LIGHT_LIBRARIES = {"click", "numpy"}
-
 
 @pytest.fixture(scope="module")
 def pyproject(repository: Path) -> dict[str, Any]:
     return tomllib.loads((repository / "pyproject.toml").read_text("utf-8"))
-
-
-def sources(repository: Path, *folders: str) -> list[Path]:
-    return [path for folder in folders for path in sorted((repository / folder).rglob("*.py"))]
-
-
-def module_name(repository: Path, path: Path) -> str:
-    parts = list(path.relative_to(repository).with_suffix("").parts)
-    if parts[0] in MAPPED:
-        parts.insert(0, "deepstitch")
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def test_packages_are_the_folders(repository: Path, pyproject: dict[str, Any]) -> None:
@@ -67,98 +46,6 @@ def test_the_sample_model_ships(repository: Path) -> None:
     files = [path for path in (repository / "models" / "sample" / "checkpoint").iterdir() if path.is_file()]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in files}
     assert sum(path.stat().st_size for path in files) <= 8 << 20
-
-
-# --- who imports whom -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Import:
-    """One import statement; ``on_load`` where importing the module runs it."""
-
-    where: str
-    name: str
-    on_load: bool
-
-    @property
-    def library(self) -> str:
-        return self.name.split(".")[0]
-
-
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-
-
-def walk(node: ast.AST, *, on_load: bool = True) -> Iterator[tuple[ast.AST, bool]]:
-    for child in ast.iter_child_nodes(node):
-        if is_type_checking(child):
-            continue
-        inner = on_load and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        yield child, inner
-        yield from walk(child, on_load=inner)
-
-
-def imports(repository: Path, path: Path) -> list[Import]:
-    package = module_name(repository, path).split(".")
-    package = package if path.name == "__init__.py" else package[:-1]
-    found = []
-    for node, on_load in walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
-            stem = base if node.level else str(node.module)
-            names = [f"{stem}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        where = f"{path.relative_to(repository)}:{getattr(node, 'lineno', 0)}"
-        found += [Import(where, name, on_load) for name in names]
-    return found
-
-
-def violations(
-    repository: Path, folders: tuple[str, ...], allowed: Callable[[Import], bool], *, on_load: bool = False
-) -> list[str]:
-    every = [each for path in sources(repository, *folders) for each in imports(repository, path)]
-    assert every, "the check reads no imports at all"
-    return [f"{i.where} {i.name}" for i in every if (i.on_load or not on_load) and not allowed(i)]
-
-
-def inside(name: str, packages: set[str]) -> bool:
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
-
-
-def test_runtime_imports_only_what_it_ships_with(repository: Path) -> None:
-    def allowed(each: Import) -> bool:
-        if each.library == "deepstitch":
-            return inside(each.name, RUNTIME_SHARED) or each.name == "deepstitch.__version__"
-        return each.library in RUNTIME_LIBRARIES | sys.stdlib_module_names
-
-    assert violations(repository, ("runtime",), allowed) == []
-
-
-def test_models_and_export_keep_their_direction(repository: Path) -> None:
-    assert violations(repository, ("models",), lambda i: not inside(i.name, {"deepstitch.export"})) == []
-    assert violations(repository, ("plugins",), lambda i: not inside(i.name, {"deepstitch.export"})) == []
-
-
-def test_the_import_root_is_light(repository: Path) -> None:
-    """``import deepstitch`` and the command line reach the sub-packages from inside functions only."""
-
-    def allowed(each: Import) -> bool:
-        if each.library == "deepstitch":
-            return not inside(each.name, {f"deepstitch.{folder}" for folder in MAPPED})
-        return each.library in LIGHT_LIBRARIES | sys.stdlib_module_names
-
-    assert violations(repository, ("deepstitch",), allowed, on_load=True) == []
-
-
-def test_nothing_imports_tests_or_bare_names(repository: Path) -> None:
-    banned = {*MAPPED, "tests", "benchmarks"}
-    assert violations(repository, FOLDERS, lambda each: each.library not in banned) == []
-
-
-# --- the wheel --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +110,6 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert any(name.endswith("/licenses/LICENSE") for name in archive.namelist())
 
 
-# --- without the extras -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python that has the wheel and its dependencies, and nothing else."""
@@ -258,8 +142,6 @@ for name in ("torch", "transformers", "onnx", "polygraphy"):
 def test_an_answer_without_torch(
     clean_python: Path, sample_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    import json
-
     command = [str(clean_python.with_name("deepstitch")), "run", str(sample_bundle("ort-cpu"))]
     command += ["--prompt", "Hello", "--max-tokens", "4", "--json"]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from .layout import FOLDERS
+
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 MAX_FUNCTION_P90 = 30
-SOURCE_FOLDERS = ("deepstitch", "export", "models", "plugins", "runtime")
-# A folder of somebody's machine: /home/name/…, not a path inside the repository or of an interface such as /dev/shm
+# A folder of somebody's machine, not a path inside the repository or of an interface such as /dev/shm
 MACHINE_PATH = re.compile(r"(?<![\w.~}\])/-])/(?:home|Users|root|work|mnt|tmp|opt)/\w")
 
 
@@ -44,7 +45,7 @@ def test_functions_fit_a_screen(tracked: list[Path], repository: Path) -> None:
     sources = [path for path in tracked if path.suffix == ".py"]
     sizes = dict(item for path in sources for item in functions(path))
     assert {name: lines for name, lines in sizes.items() if lines > MAX_FUNCTION_LINES} == {}
-    product = [path for path in sources if path.relative_to(repository).parts[0] in SOURCE_FOLDERS]
+    product = [path for path in sources if path.relative_to(repository).parts[0] in FOLDERS]
     lines = [lines for path in product for _, lines in functions(path)]
     assert statistics.quantiles(lines, n=10)[-1] <= MAX_FUNCTION_P90
 
@@ -65,21 +66,22 @@ def test_no_machine_paths(tracked: list[Path]) -> None:
 
 
 def test_machine_paths_are_recognised() -> None:
-    for text in ("open('/home/me/x')", 'cd "/work/main"', "see /tmp/out.json", "`/Users/me/model`"):
-        assert MACHINE_PATH.search(text), text
+    """Written with ``|`` for the slash, so that this file does not find itself."""
+    for text in ("open('|home|me|x')", 'cd "|work|main"', "see |tmp|out.json", "`|Users|me|model`"):
+        assert MACHINE_PATH.search(text.replace("|", "/")), text
     for text in (
-        "models/sample/checkpoint",
-        "https://example.org/home/x",
-        "../work/x",
-        "</work/x"[1:2],
-        "/dev/shm/x",
+        "models|sample|checkpoint",
+        "https:||example.org|home|x",
+        "..|work|x",
+        "$X|tmp|x",
+        "|dev|shm|x",
     ):
-        assert not MACHINE_PATH.search(text), text
+        assert not MACHINE_PATH.search(text.replace("|", "/")), text
 
 
 def test_nothing_is_left_to_do(tracked: list[Path], repository: Path) -> None:
     marker = re.compile(r"\b(TODO|FIXME|XXX)\b")
-    product = [path for path in tracked if path.relative_to(repository).parts[0] in SOURCE_FOLDERS]
+    product = [path for path in tracked if path.relative_to(repository).parts[0] in FOLDERS]
     marked = [
         path.name for path in product if path.suffix == ".py" and marker.search(path.read_text("utf-8"))
     ]

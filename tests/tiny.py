@@ -68,7 +68,7 @@ def write_tiny_checkpoint(
     """Write one checkpoint and return ``folder``.
 
     Tokenizer, chat template and processor files are the sample model's. ``layout`` says how stacked experts
-    lie (Qwen3-VL-MoE only; Qwen3-MoE files hold one tensor per expert). ``rope`` is ``"parameters"`` or
+    lie; for Qwen3-MoE ``"hub"`` is one tensor per expert, as published. ``rope`` is ``"parameters"`` or
     ``"scaling"``, the two spellings. ``text`` overrides entries of the text config.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +114,7 @@ def tiny_tensors(config: dict[str, Any], *, layout: str, seed: int) -> dict[str,
     multimodal = "vl" in family
     text = config["text_config"] if multimodal else config
     rng = np.random.default_rng(seed)
+    stacked = multimodal or layout == "transformers"
     prefix = "model.language_model." if multimodal else "model."
     tensors: dict[str, np.ndarray] = {}
 
@@ -124,7 +125,7 @@ def tiny_tensors(config: dict[str, Any], *, layout: str, seed: int) -> dict[str,
 
     add(f"{prefix}embed_tokens.weight", text["vocab_size"], text["hidden_size"])
     for index in range(text["num_hidden_layers"]):
-        _decoder_layer(add, f"{prefix}layers.{index}.", index, text, stacked=multimodal, layout=layout)
+        _decoder_layer(add, f"{prefix}layers.{index}.", index, text, stacked=stacked, layout=layout)
     add(f"{prefix}norm.weight", text["hidden_size"])
     if not config["tie_word_embeddings"]:
         add("lm_head.weight", text["vocab_size"], text["hidden_size"])

@@ -24,12 +24,19 @@ __all__ = ["command"]
 )
 @click.option("--batch", type=click.IntRange(min=1), default=1, help="Rows that run together.")
 @click.option(
-    "--prefill-chunk", type=click.IntRange(min=1), default=512, help="Prompt tokens per decoder call."
+    "--prefill-chunk",
+    type=click.IntRange(min=1),
+    help="Prompt tokens per decoder call.  [default: all at once]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.pass_context
 def command(
-    ctx: click.Context, folder: Path, context: int | None, batch: int, prefill_chunk: int, as_json: bool
+    ctx: click.Context,
+    folder: Path,
+    context: int | None,
+    batch: int,
+    prefill_chunk: int | None,
+    as_json: bool,
 ) -> None:
     """Show architecture, parameters, sizes, contract and estimated memory.
 
@@ -88,9 +95,10 @@ def _contract(graph: dict[str, list[dict[str, object]]]) -> Iterable[str]:
 def _memory(found: Inspection) -> Iterable[str]:
     load = found.workload
     yield f"KV cache: {_size(found.kv_bytes_per_token)} per token ({found.kv_cache_dtype})"
+    chunks = f"in chunks of {load.prefill_chunk:,}" if load.prefill_chunk else "at once"
     yield (
-        f"Estimated memory at context {load.context:,}, batch {load.batch}, prefill in chunks of "
-        f"{min(load.prefill_chunk, load.context):,} (language side; pictures come on top)"
+        f"Estimated memory at context {load.context:,}, batch {load.batch}, prompt {chunks} "
+        "(language side; pictures come on top)"
     )
     rows = [
         [m.weights, *map(_size, (m.weight_bytes, m.kv_cache_bytes, m.activation_bytes, m.total_bytes))]

@@ -1,1 +1,25 @@
-"""TODO."""
+"""Does a bundle compute what the model computes? Every case of the matrix, stage by stage.
+
+Reading order: ``cases`` (the matrix), ``inputs`` (made up from it), ``references`` and ``candidate`` (the two sides),
+``metrics`` and ``tolerance`` (the verdict), ``comparison`` (all together), ``report``, ``html``, ``polygraphy_script``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+_HOMES = {
+    "CASES": "cases",
+    "Comparison": "report",
+    "Tolerance": "tolerance",
+    "check_memory": "memory",
+    "compare_bundle": "comparison",
+}
+__all__ = ["CASES", "Comparison", "Tolerance", "check_memory", "compare_bundle"]
+
+
+def __getattr__(name: str) -> object:
+    # the parts import torch and onnxruntime; nobody pays for them who does not compare
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ class TransposeWeights(ir.passes.InPlacePass):
 
     1. W must be a checkpoint matrix whose only reader is that Transpose.
     2. W must not be shared (a tied head reads the embedding's own bytes).
-    3. Where weights stay in the checkpoint's files, nothing changes.
+    3. W must not stay in the checkpoint's own bytes.
     """
 
     def __init__(self, plan: WeightPlan) -> None:
@@ -24,13 +24,13 @@ class TransposeWeights(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model`` in place."""
         modified = False
-        if self.plan.by_reference:
-            return ir.passes.PassResult(model, modified)
         for node in list(model.graph):
             weight = node.inputs[0] if node.op_type == "Transpose" else None
             if weight is None or not self.plan.is_parameter(weight):
                 continue
             if len(weight.uses()) != 1 or not self.plan.may_move(weight):
+                continue
+            if self.plan.is_referenced(weight.name or ""):
                 continue
             relayout = Relayout.transpose(self.plan.shape(weight))
             self.plan.relayout(weight, relayout, model.graph, node)

@@ -1,14 +1,15 @@
 """Draws synthetic pictures: plain shapes and small printed signs on a noisy background.
 
-A picture is a grid of 32 x 32 pixel cells, the area one image token covers. A shape sits in one cell, a sign in
-a run of cells of one row, both shifted by a few pixels. Everything follows from the random generators given.
+A picture is a grid of 32 x 32 pixel cells, the area one image token covers. A shape sits in one cell, a sign
+in a run of cells of one row, both shifted by a few pixels. Everything follows from the random generators
+given.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -66,7 +67,7 @@ class Picture:
         return next((sign for sign in self.signs if sign.kind == kind), None)
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite(shape: str, radius: int) -> np.ndarray:
     """Returns the anti-aliased coverage of a shape, float32 (2 * radius + 1, 2 * radius + 1, 1)."""
     steps = 4
@@ -94,7 +95,9 @@ def sprite(shape: str, radius: int) -> np.ndarray:
     return coverage[:, :, None]
 
 
-def _place_sign(rng: random.Random, picture: Picture, free: set[tuple[int, int]], kind: str, length: int) -> None:
+def _place_sign(
+    rng: random.Random, picture: Picture, free: set[tuple[int, int]], kind: str, length: int
+) -> None:
     characters = DIGITS if kind == "number" else LETTERS
     text = "".join(rng.choice(characters) for _ in range(length))
     if kind == "number" and length > 1 and text[0] == "0":
@@ -132,7 +135,8 @@ def compose(rng: random.Random, height: int, width: int, *, simple: bool = False
     rows, columns = height // CELL, width // CELL
     free = {(row, column) for row in range(rows) for column in range(columns)}
     if simple or rng.random() < 0.65:
-        _place_sign(rng, picture, free, "number", rng.choice((1, 2, 2, 3)) if columns > 2 else rng.choice((1, 2)))
+        lengths = (1, 2, 2, 3) if columns > 2 else (1, 2)
+        _place_sign(rng, picture, free, "number", rng.choice(lengths))
     if not simple and rng.random() < 0.45:
         _place_sign(rng, picture, free, "letters", rng.choice((1, 2)))
     cells = sorted(free)
@@ -189,7 +193,7 @@ def _blend(canvas: np.ndarray, top: int, left: int, coverage: np.ndarray, color:
 
 
 def patch_labels(picture: Picture) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what each 16-pixel patch shows: form and colour labels, int64 (height / 16, width / 16) each."""
+    """Returns what each 16-pixel patch shows: form and colour labels, int64 (height / 16, width / 16)."""
     shape = (picture.height // PATCH, picture.width // PATCH)
     forms, colors = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for thing in picture.things:

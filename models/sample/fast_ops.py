@@ -1,19 +1,26 @@
-"""Eager operators with cheaper backward passes, for training only; same results as `deepstitch.models.ops`."""
+"""Eager operators with cheaper backward passes, for training; same results as `deepstitch.models.ops`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deepstitch.models import ops
+from deepstitch.models.vision import PatchEmbed
 
 
 def moe_experts(
-    x: Tensor, router_logits: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k: int, norm_topk_prob: bool
+    x: Tensor,
+    router_logits: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k: int,
+    norm_topk_prob: bool,
 ) -> Tensor:
     """Like `ops.moe_experts`, with tokens sorted by expert once instead of selected once per expert."""
     tokens = x.flatten(0, -2)
@@ -55,12 +62,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)
 
 
+def embed_still_patches(self: PatchEmbed, pixel_values: Tensor) -> Tensor:
+    """Like `PatchEmbed.forward` for pictures: both frames are equal, so their kernels are summed first."""
+    kernel = self.proj.weight.sum(2)  # (hidden, C, ps, ps)
+    frame = pixel_values.view(len(pixel_values), kernel.shape[1], 2, -1)[:, :, 0]
+    return F.linear(frame.flatten(1), kernel.flatten(1), self.proj.bias)
+
+
 @contextmanager
 def enabled() -> Iterator[None]:
     """Swaps the operators in for the duration of the block."""
-    saved = ops.moe_experts, ops.rms_norm
-    ops.moe_experts, ops.rms_norm = moe_experts, rms_norm
-    try:
+    with (
+        patch.object(ops, "moe_experts", moe_experts),
+        patch.object(ops, "rms_norm", rms_norm),
+        patch.object(PatchEmbed, "forward", embed_still_patches),
+    ):
         yield
-    finally:
-        ops.moe_experts, ops.rms_norm = saved

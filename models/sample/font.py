@@ -5,7 +5,7 @@ Drawn by hand, so that rendering depends on no system font and is the same on ev
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -45,7 +45,7 @@ DIGITS = "0123456789"
 LETTERS = "".join(character for character in _ROWS if character.isalpha())
 
 
-@lru_cache(maxsize=None)
+@cache
 def glyph(character: str, scale: int) -> np.ndarray:
     """Returns the mask of one character, float32 in {0, 1}, shape (7 * scale, 5 * scale)."""
     rows = [[1.0 if cell == "#" else 0.0 for cell in row] for row in _ROWS[character].split()]

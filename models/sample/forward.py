@@ -14,14 +14,19 @@ from deepstitch.models.vl import Qwen3VLMoeForConditionalGeneration
 
 @dataclass(slots=True, kw_only=True)
 class Output:
-    """What a forward pass gives: `logits` (A, V) at the answers, `image_embeds` (T, H) in the order of the groups."""
+    """What a forward pass gives.
+
+    Attributes:
+        logits: (A, V), at the positions that predict answers.
+        image_embeds: (T, H), in the order of the groups; None without pictures.
+    """
 
     logits: Tensor
     image_embeds: Tensor | None
 
 
 def attention_mask(segments: np.ndarray) -> Tensor:
-    """Returns the block-diagonal causal mask of packed rows, bool (B, 1, S, S), True where attention is allowed."""
+    """Returns the block-diagonal causal mask of packed rows: bool (B, 1, S, S), True where allowed."""
     seg = torch.from_numpy(segments)
     key, query = seg[:, None, :], seg[:, :, None]
     length = seg.shape[1]
@@ -31,7 +36,7 @@ def attention_mask(segments: np.ndarray) -> Tensor:
 
 
 def encode_pictures(model: Qwen3VLMoeForConditionalGeneration, group: VisionGroup) -> tuple[Tensor, Tensor]:
-    """Runs the vision encoder on pictures of one size: image embeddings (T, H) and DeepStack rows (T, 3 * H)."""
+    """Encodes pictures of one size: image embeddings (T, H) and DeepStack rows (T, 3 * H)."""
     count, height, width, _ = group.pixels.shape
     indices, weights, cos, sin = (torch.from_numpy(array) for array in vision_geometry(height, width))
     lengths = torch.arange(count + 1, dtype=torch.int32) * cos.shape[0]
@@ -65,7 +70,9 @@ def run(model: Qwen3VLMoeForConditionalGeneration, batch: Batch, *, use_deepstac
         flat = flat.index_copy(0, rows, image_embeds)
         if use_deepstack:
             extra = torch.cat([tap for _, tap in encoded])
-            deepstack = extra.new_zeros(len(flat), extra.shape[1]).index_copy(0, rows, extra).view(*ids.shape, -1)
+            deepstack = (
+                extra.new_zeros(len(flat), extra.shape[1]).index_copy(0, rows, extra).view(*ids.shape, -1)
+            )
     hidden = model.language_model(
         flat.view_as(embeds),
         torch.from_numpy(batch.position_ids),

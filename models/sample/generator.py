@@ -1,8 +1,8 @@
 """Makes questions with known answers about synthetic pictures, and a few about text alone.
 
-An `Episode` is one shared prefix (pictures and text) with several questions about it; every question is an ordinary
-chat turn: prefix plus question text is the user's message, the answer is the assistant's. Episodes follow from
-`(split, kind, index)` alone, and the two splits draw from disjoint seeds.
+An `Episode` is one shared prefix (pictures and text) with several questions about it; every question is an
+ordinary chat turn: prefix plus question text is the user's message, the answer is the assistant's. Episodes
+follow from `(split, kind, index)` alone, and the two splits draw from disjoint seeds.
 """
 
 from __future__ import annotations
@@ -64,7 +64,14 @@ def episode_seed(split: str, kind: str, index: int) -> int:
     return base * _SEED_SPAN + index
 
 
-def make_episode(split: str, kind: str, index: int, sizes: list[tuple[int, int]] | None = None) -> Episode:
+def make_episode(
+    split: str,
+    kind: str,
+    index: int,
+    *,
+    sizes: list[tuple[int, int]] | None = None,
+    fillers: int | None = None,
+) -> Episode:
     """Makes one episode.
 
     Args:
@@ -72,6 +79,7 @@ def make_episode(split: str, kind: str, index: int, sizes: list[tuple[int, int]]
         kind: One of `KINDS`.
         index: Which episode of that kind.
         sizes: Picture sizes (height, width) to use instead of drawn ones, so that a batch can share them.
+        fillers: Filler sentences of a "recall" text, likewise.
 
     Returns:
         The episode; it depends on nothing but the arguments.
@@ -79,10 +87,12 @@ def make_episode(split: str, kind: str, index: int, sizes: list[tuple[int, int]]
     seed = episode_seed(split, kind, index)
     rng = random.Random(seed)
     if kind in ("text", "recall", "recall-long"):
-        lead, questions = text_tasks.make(rng, kind)
+        lead, questions = text_tasks.make(rng, kind, fillers)
         return Episode(
             prefix=(lead,) if lead else (),
-            questions=tuple(Question(task=task, text=text, answer=answer) for task, text, answer in questions),
+            questions=tuple(
+                Question(task=task, text=text, answer=answer) for task, text, answer in questions
+            ),
             seed=seed,
         )
     if sizes is None:
@@ -102,7 +112,9 @@ def draw_sizes(rng: random.Random, kind: str) -> list[tuple[int, int]]:
         return [_size(rng, 160) for _ in range(rng.randint(2, 4))]
     if kind == "album":
         return [_size(rng, 128) for _ in range(rng.randint(5, 12))]
-    return [(rng.choice((160, 192, 224)), rng.choice((160, 192, 224, 256))) for _ in range(rng.randint(36, 48))]
+    return [
+        (rng.choice((160, 192, 224)), rng.choice((160, 192, 224, 256))) for _ in range(rng.randint(36, 48))
+    ]
 
 
 def _size(rng: random.Random, largest: int) -> tuple[int, int]:
@@ -116,7 +128,19 @@ def _size(rng: random.Random, largest: int) -> tuple[int, int]:
 def _one(rng: random.Random, seed: int, sizes: list[tuple[int, int]]) -> Episode:
     picture = compose(rng, *sizes[0])
     questions = []
-    kinds = ["color", "shape", "count", "count", "position", "relation", "relation", "relation", "number", "letters"]
+    kinds = [
+        "color",
+        "shape",
+        "count",
+        "count",
+        "position",
+        "position",
+        "relation",
+        "relation",
+        "relation",
+        "number",
+        "letters",
+    ]
     rng.shuffle(kinds)
     for kind in kinds:
         question = _ask(rng, picture, kind, "")
@@ -250,7 +274,10 @@ def _relation(rng: random.Random, picture: Picture, where: str) -> tuple[str, st
         answer = (low if before else high).split()[0]
         return f"Is the {first} {either} the {second}{where}?", answer
     asked_low = rng.random() < 0.5
-    return f"Is the {first} {low if asked_low else high} the {second}{where}?", "yes" if before == asked_low else "no"
+    return (
+        f"Is the {first} {low if asked_low else high} the {second}{where}?",
+        "yes" if before == asked_low else "no",
+    )
 
 
 def _number(rng: random.Random, picture: Picture, where: str) -> tuple[str, str] | None:
@@ -280,7 +307,9 @@ def _which(rng: random.Random, pictures: list[Picture]) -> Question | None:
         if len(holders) == 1:
             noun = f"{name} shape" if name in COLOR_NAMES else name
             article = "an" if noun[0] in "aeiou" else "a"
-            return Question(task="which picture", text=f"Which picture has {article} {noun}?", answer=str(index + 1))
+            return Question(
+                task="which picture", text=f"Which picture has {article} {noun}?", answer=str(index + 1)
+            )
     return None
 
 

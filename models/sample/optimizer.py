@@ -1,7 +1,7 @@
 """Muon for the weight matrices, AdamW for everything else.
 
-Muon (K. Jordan et al., 2024) replaces the momentum of a matrix by the nearest orthogonal matrix, found with a few
-Newton-Schulz steps. Matrices of one shape are processed as one batch.
+Muon (K. Jordan et al., 2024) replaces the momentum of a matrix by the nearest orthogonal matrix, found with
+a few Newton-Schulz steps. Matrices of one shape are processed as one batch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_ROW_BLOCK = 96
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -28,19 +29,23 @@ def orthogonalize(matrices: Tensor, steps: int = 4) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over 2-D parameters and 3-D stacks of matrices.
+    """Muon over matrices, 3-D stacks of matrices, and convolution kernels flattened to matrices.
 
     The update is scaled to a root mean square of 0.2, so that learning rates compare with AdamW's.
 
     Args:
-        params: Parameters of two or three dimensions.
+        params: Parameters of two or more dimensions.
         lr: Learning rate.
         momentum: Nesterov momentum.
         weight_decay: Decoupled weight decay.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float = 3e-3, momentum: float = 0.95, weight_decay: float = 0.01
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 3e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
@@ -64,7 +69,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
             directions.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
-        stacked = torch.stack(directions).reshape(-1, *parameters[0].shape[-2:])
+        stacked = torch.stack(directions).reshape(-1, *_block_shape(parameters[0]))
         scale = 0.2 * max(stacked.shape[-2:]) ** 0.5
         updates = orthogonalize(stacked).reshape(len(parameters), *parameters[0].shape)
         for parameter, update in zip(parameters, updates, strict=True):
@@ -72,10 +77,25 @@ class Muon(torch.optim.Optimizer):
             parameter.add_(update, alpha=-group["lr"] * scale)
 
 
-def build_optimizers(model: nn.Module, others: nn.Module, rank: int, size: int) -> list[torch.optim.Optimizer]:
+def _block_shape(parameter: nn.Parameter) -> tuple[int, int]:
+    """Returns the shape of the matrices to orthogonalize; large ones are cut into row blocks, to save time."""
+    rows, columns = (
+        (parameter.shape[0], parameter[0].numel()) if parameter.dim() != 3 else parameter.shape[1:]
+    )
+    return (
+        (_ROW_BLOCK, columns)
+        if rows > _ROW_BLOCK and rows % _ROW_BLOCK == 0 and columns > 128
+        else (rows, columns)
+    )
+
+
+def build_optimizers(
+    model: nn.Module, others: nn.Module, rank: int, size: int
+) -> list[torch.optim.Optimizer]:
     """Returns Muon for the model's matrices and AdamW for embeddings, router, norms, biases and `others`.
 
-    With several processes each updates its own part: rank 0 has AdamW, and the matrices are dealt out by arithmetic.
+    With several processes each updates its own part: rank 0 has AdamW, and the matrices are dealt out by
+    arithmetic.
     """
     muon: list[nn.Parameter] = []
     adam = list(others.parameters())
@@ -96,4 +116,4 @@ def build_optimizers(model: nn.Module, others: nn.Module, rank: int, size: int) 
 
 
 def _arithmetic(parameter: nn.Parameter) -> float:
-    return float(parameter.numel() * min(parameter.shape[-2:]))
+    return float(parameter.numel() * min(_block_shape(parameter)))

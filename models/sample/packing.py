@@ -1,8 +1,9 @@
 """Turns episodes into batches: several questions share one prefix and do not see each other.
 
-A row is `prefix, question 1, answer 1, question 2, answer 2, ...`. Attention is causal inside the prefix and from each
-question to the prefix and itself; rotary positions of every question continue from the end of the prefix. Each question
-is therefore computed exactly as if it stood alone behind the prefix, in the chat template's own words.
+A row is `prefix, question 1, answer 1, question 2, answer 2, ...`. Attention is causal inside the prefix and
+from each question to the prefix and itself; rotary positions of every question continue from the end of the
+prefix. Each question is therefore computed exactly as if it stood alone behind the prefix, in the chat
+template's own words.
 """
 
 from __future__ import annotations
@@ -147,7 +148,11 @@ def pack(episodes: Sequence[Episode]) -> Batch:
         ids[index, :size], segments[index, :size] = row.ids, row.segments
         positions[:, index, :size] = np.concatenate(row.positions, axis=1)
     answers = np.asarray(
-        [(index * length + at, target, question) for index, row in enumerate(rows) for at, target, question in row.answers],
+        [
+            (index * length + at, target, question)
+            for index, row in enumerate(rows)
+            for at, target, question in row.answers
+        ],
         dtype=np.int64,
     ).reshape(-1, 3)
     return Batch(
@@ -211,7 +216,8 @@ def vision_geometry(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np
         width: Pixels.
 
     Returns:
-        position_indices int64 (4, P), position_weights float32 (4, P), rotary cos and sin float32 (P, head_dim / 2).
+        position_indices int64 (4, P), position_weights float32 (4, P), rotary cos and sin float32 (P,
+        head_dim / 2).
     """
     vision = model_config()["vision_config"]
     side = round(vision["num_position_embeddings"] ** 0.5)

@@ -5,19 +5,36 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from deepstitch.models.sample.generator import KINDS, TRAIN, Episode, draw_sizes, make_episode
+from deepstitch.models.sample.generator import TRAIN, Episode, draw_sizes, make_episode
 from deepstitch.models.sample.packing import Batch, pack
+from deepstitch.models.sample.text_tasks import FILLERS
 
 # Share of micro-batches per kind, at the start and from 40 % of the run on.
-_SHARES_EARLY = {"one": 0.80, "several": 0.06, "album": 0.0, "album-long": 0.0, "text": 0.06, "recall": 0.08, "recall-long": 0.0}
-_SHARES_LATE = {"one": 0.47, "several": 0.28, "album": 0.08, "album-long": 0.015, "text": 0.04, "recall": 0.09, "recall-long": 0.025}  # fmt: skip
+_SHARES = {
+    "one": (0.76, 0.46),
+    "several": (0.06, 0.25),
+    "album": (0.0, 0.07),
+    "album-long": (0.0, 0.01),
+    "text": (0.06, 0.07),
+    "recall": (0.12, 0.12),
+    "recall-long": (0.0, 0.02),
+}
 
-# Bytes that training keeps per token (forward activations for the backward pass), measured with fp32 activations.
+# Bytes that training keeps per token (forward activations for the backward pass), measured with fp32
+# activations.
 BYTES_PER_TEXT_TOKEN = 120_000
 BYTES_PER_PATCH = 60_000
 CHECKPOINTED_FRACTION = 0.2
 
-_TEXT_TOKENS = {"one": 100, "several": 110, "album": 120, "album-long": 260, "text": 130, "recall": 300, "recall-long": 3000}
+_TEXT_TOKENS = {
+    "one": 100,
+    "several": 110,
+    "album": 120,
+    "album-long": 260,
+    "text": 130,
+    "recall": 130,
+    "recall-long": 3000,
+}
 
 
 # Strides of the numbering that gives every episode of a run its own seed.
@@ -37,10 +54,10 @@ class MemoryPlan:
     step_bytes: int
 
 
-def activation_bytes(kind: str, sizes: list[tuple[int, int]]) -> int:
+def activation_bytes(kind: str, sizes: list[tuple[int, int]], fillers: int = 0) -> int:
     """Estimates the activation memory of one episode, without gradient checkpointing."""
     patches = sum(height * width // 256 for height, width in sizes)
-    tokens = _TEXT_TOKENS[kind] + patches // 4 + 6 * len(sizes)
+    tokens = _TEXT_TOKENS[kind] + patches // 4 + 6 * len(sizes) + 11 * fillers
     return tokens * BYTES_PER_TEXT_TOKEN + patches * BYTES_PER_PATCH
 
 
@@ -53,7 +70,7 @@ def batch_bytes(batch: Batch) -> int:
 def shares(progress: float) -> dict[str, float]:
     """Returns the share of micro-batches per kind; `progress` is the elapsed fraction of the run."""
     late = min(1.0, max(0.0, (progress - 0.08) / 0.32))
-    return {kind: (1 - late) * _SHARES_EARLY[kind] + late * _SHARES_LATE[kind] for kind in KINDS}
+    return {kind: (1 - late) * first + late * last for kind, (first, last) in _SHARES.items()}
 
 
 def micro_batch(plan: MemoryPlan, weights: dict[str, float], number: int, rank: int) -> tuple[Batch, int]:
@@ -62,7 +79,8 @@ def micro_batch(plan: MemoryPlan, weights: dict[str, float], number: int, rank: 
     Args:
         plan: Memory limits; an episode that exceeds them alone becomes a batch of one, to be checkpointed.
         weights: Share of each kind to draw from.
-        number: Counts micro-batches over the whole run; decides kind, picture sizes and, with `rank`, the seeds.
+        number: Counts micro-batches over the whole run; decides kind, picture sizes and, with `rank`, the
+            seeds.
         rank: Which process; all processes get the same kind and sizes, so that they finish together.
 
     Returns:
@@ -72,11 +90,13 @@ def micro_batch(plan: MemoryPlan, weights: dict[str, float], number: int, rank: 
     kind = rng.choices(list(weights), list(weights.values()))[0]
     has_pictures = kind in ("one", "several", "album", "album-long")
     sizes = draw_sizes(rng, kind) if has_pictures else []
-    size_bytes = activation_bytes(kind, sizes)
+    fillers = rng.choice(FILLERS) if kind == "recall" else 0
+    size_bytes = activation_bytes(kind, sizes, fillers)
     count = max(1, min(_MOST_EPISODES, plan.limit_bytes // size_bytes))
     first = (number * _MOST_PROCESSES + rank) * _MOST_EPISODES
     episodes: list[Episode] = [
-        make_episode(TRAIN, kind, first + index, sizes if has_pictures else None) for index in range(count)
+        make_episode(TRAIN, kind, first + index, sizes=sizes or None, fillers=fillers)
+        for index in range(count)
     ]
     return pack(episodes), count * size_bytes
 
@@ -84,8 +104,8 @@ def micro_batch(plan: MemoryPlan, weights: dict[str, float], number: int, rank: 
 def training_step(plan: MemoryPlan, progress: float, step: int, rank: int) -> list[Batch]:
     """Makes the micro-batches of one optimizer step of one process.
 
-    The first shows one or several pictures, so that no step rests on a few long inputs alone; the others follow the
-    curriculum, until `plan.step_bytes` are filled.
+    The first shows one or several pictures, so that no step rests on a few long inputs alone; the others
+    follow the curriculum, until `plan.step_bytes` are filled.
     """
     weights = shares(progress)
     pictures = {kind: weights[kind] for kind in ("one", "several")}

@@ -1,7 +1,7 @@
 """Data-parallel training in a few single-threaded processes that share the weights in memory.
 
-On a CPU the layers of so small a model are too short for threads: waking them costs more than they save. One process
-per core, each with its own micro-batches and one thread, keeps the cores busy.
+On a CPU the layers of so small a model are too short for threads: waking them costs more than they save. One
+process per core, each with its own micro-batches and one thread, keeps the cores busy.
 """
 
 from __future__ import annotations

@@ -9,17 +9,23 @@ from deepstitch.models.sample.words import ADJECTIVES, COLORS, NAMES, NOUNS, OPP
 Asked = tuple[str, str, str]  # task, question text, answer
 
 
-def make(rng: random.Random, kind: str) -> tuple[str, list[Asked]]:
+FILLERS = (0, 0, 0, 2, 6, 15, 40)
+
+
+def make(rng: random.Random, kind: str, fillers: int | None = None) -> tuple[str, list[Asked]]:
     """Returns the shared text prefix (may be empty) and the questions about it.
 
     Args:
         rng: Source of every choice.
         kind: "text", "recall" (tens to hundreds of tokens) or "recall-long" (about two to four thousand).
+        fillers: Filler sentences of a "recall" text, instead of a number drawn from `FILLERS`.
     """
     if kind == "text":
         return "", [rng.choice((_successor, _sum, _opposite, _copy))(rng) for _ in range(8)]
     if kind == "recall":
-        return _recall(rng, "recall", facts=rng.randint(2, 12), fillers=rng.choice((0, 0, 2, 6, 15, 40)))
+        fillers = rng.choice(FILLERS) if fillers is None else fillers
+        facts = rng.randint(2, 4) if fillers == 0 and rng.random() < 0.7 else rng.randint(2, 12)
+        return _recall(rng, "recall", facts=facts, fillers=fillers)
     return _recall(rng, "recall-long", facts=rng.randint(8, 16), fillers=rng.randint(230, 420))
 
 

@@ -1,7 +1,8 @@
 """Builds the sample model's tokenizer and the small text files of its checkpoint folder.
 
-Byte-level BPE in the manner of Qwen: any input has an encoding and decodes to itself. Every word of the sample world
-is one token, with and without a space before it; digits and printed letters stay single characters.
+Byte-level BPE in the manner of Qwen: any input has an encoding and decodes to itself. Every word of the
+sample world is one token, with and without a space before it; digits and printed letters stay single
+characters.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def build_tokenizer() -> Tokenizer:
     words = [word for word in vocabulary() if len(word) > 1 and word.isalpha()]
     corpus = [*words, *(f" {word}" for word in words), *_PUNCTUATION]
     tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
     return tokenizer
 
 

@@ -2,8 +2,8 @@
 
     python -m deepstitch.models.sample.train --minutes 75 --out DIR
 
-The run is measured in minutes, not steps: learning rate and curriculum follow the elapsed fraction. A run that was
-stopped continues from `DIR/state.pt`. `DIR/checkpoint` is the Hugging Face folder.
+The run is measured in minutes, not steps: learning rate and curriculum follow the elapsed fraction. A run
+that was stopped continues from `DIR/state.pt`. `DIR/checkpoint` is the Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class Router:
         losses = []
         for logits in self.logits:
             probabilities = logits.softmax(-1)
-            chosen = torch.zeros_like(logits).scatter_(1, logits.detach().topk(self.top_k, dim=-1).indices, 1.0)
+            chosen = torch.zeros_like(logits).scatter_(
+                1, logits.detach().topk(self.top_k, dim=-1).indices, 1.0
+            )
             share = chosen.mean(0) / self.top_k
             losses.append((share * probabilities.mean(0)).sum() * logits.shape[-1])
         self.logits = []
@@ -62,7 +64,7 @@ class Router:
 
 
 class PatchProbe(nn.Module):
-    """A throwaway head on the image embeddings that names what each 16-pixel patch shows.
+    """A throwaway head on the image embeddings that names what each 16-pixel patch shows, and where it is.
 
     It carries gradients into the vision tower before the decoder has learned to look.
     """
@@ -71,10 +73,12 @@ class PatchProbe(nn.Module):
         super().__init__()
         self.forms = nn.Linear(width, 4 * NUM_FORM_LABELS)
         self.colors = nn.Linear(width, 4 * NUM_COLOR_LABELS)
+        self.places = nn.Linear(width, 2)
 
     def loss(self, embeds: Tensor, batch: Batch) -> Tensor:
-        """Returns the cross-entropy over forms plus that over colours; `embeds` is (T, H)."""
-        total = embeds.new_zeros(())
+        """Returns cross-entropy over forms and colours plus squared error of places; `embeds` (T, H)."""
+        places = torch.cat([_token_places(group.pixels.shape) for group in batch.vision])
+        total = F.mse_loss(self.places(embeds), places)
         for head, name in ((self.forms, "forms"), (self.colors, "colors")):
             labels = torch.cat([torch.from_numpy(getattr(group, name)) for group in batch.vision]).flatten()
             logits = head(embeds).view(len(labels), -1)
@@ -82,6 +86,13 @@ class PatchProbe(nn.Module):
             shown = labels > 0  # background is common and easy
             total = total + losses[shown].mean() + 0.3 * losses[~shown].mean()
         return total
+
+
+def _token_places(shape: tuple[int, ...]) -> Tensor:
+    """Returns the centre of every image token in its picture, from -1 to 1, (n * tokens, 2) as y, x."""
+    count, height, width, _ = shape
+    y, x = ((torch.arange(side // 32) + 0.5) * 64 / side - 1 for side in (height, width))
+    return torch.cartesian_prod(y, x).repeat(count, 1)
 
 
 def initialize(model: Qwen3VLMoeForConditionalGeneration) -> None:
@@ -98,7 +109,7 @@ def initialize(model: Qwen3VLMoeForConditionalGeneration) -> None:
 
 
 class Checkpointing:
-    """Recomputes layers in the backward pass while `active`: a third more arithmetic, a fifth of the memory."""
+    """Recomputes layers in the backward pass while `active`: a third more work, a fifth of the memory."""
 
     def __init__(self, model: Qwen3VLMoeForConditionalGeneration) -> None:
         self.active = False
@@ -120,7 +131,7 @@ def keep_memory() -> None:
         return
     trim_threshold, mmap_threshold = -1, -3
     libc.mallopt(trim_threshold, 2_000_000_000)
-    libc.mallopt(mmap_threshold, 2_000_000_000)
+    libc.mallopt(mmap_threshold, 32 * 1024 * 1024)  # glibc refuses more
 
 
 def learning_rate(progress: float) -> float:
@@ -136,7 +147,9 @@ def probe_weight(progress: float) -> float:
 class Trainer:
     """One training run and everything its state file holds."""
 
-    def __init__(self, out: Path, seconds: float, plan: MemoryPlan, processes: int, always_checkpoint: bool) -> None:
+    def __init__(
+        self, out: Path, seconds: float, plan: MemoryPlan, processes: int, always_checkpoint: bool
+    ) -> None:
         self.out, self.seconds, self.plan, self.always_checkpoint = out, seconds, plan, always_checkpoint
         torch.manual_seed(0)
         torch.set_num_threads(1)
@@ -158,7 +171,7 @@ class Trainer:
         """Continues a stopped run. Momenta are not kept: they come back within a few steps."""
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.probe.load_state_dict(state["probe"])
+        self.probe.load_state_dict(state["probe"], strict=False)
         self.step, elapsed, self.pictures, self.questions = state["counters"]
         self.clock.fill_(elapsed)
         self.recent.update(state["recent"])
@@ -175,7 +188,7 @@ class Trainer:
         write_checkpoint(self.model, self.out / "checkpoint")
 
     def train_step(self, rank: int, optimizers: list[torch.optim.Optimizer], warmup: float) -> float:
-        """Accumulates gradients over micro-batches, applies one update, and returns this process's answer loss."""
+        """Accumulates gradients over micro-batches, applies one update, returns the process's answer loss."""
         progress = self.progress
         batches = training_step(self.plan, progress, self.step, rank)
         rows = [sum(len(group.rows) for group in batch.vision) for batch in batches]
@@ -183,7 +196,9 @@ class Trainer:
         targets, all_rows = self.team.sum_counters(rank, (own, sum(rows))).tolist()
         total = 0.0
         for batch, count in zip(batches, rows, strict=True):
-            self.checkpointing.active = self.always_checkpoint or batch_bytes(batch) > 1.5 * self.plan.limit_bytes
+            self.checkpointing.active = (
+                self.always_checkpoint or batch_bytes(batch) > 1.5 * self.plan.limit_bytes
+            )
             output = run(self.model, batch)
             wanted = torch.from_numpy(batch.targets)
             answer = F.cross_entropy(output.logits, wanted, reduction="sum") / targets
@@ -261,19 +276,28 @@ class Trainer:
 
     def report(self, loss: float) -> str:
         """Returns one line with the smoothed training accuracy per task."""
-        tasks = " ".join(f"{task.replace(' ', '-')}={value:.2f}" for task, value in sorted(self.recent.items()))
-        return f"{self.clock.item():.0f}s step {self.step} loss {loss:.3f} pictures {self.pictures} questions {self.questions} {tasks}"
+        tasks = " ".join(
+            f"{task.replace(' ', '-')}={value:.2f}" for task, value in sorted(self.recent.items())
+        )
+        counts = f"pictures {self.pictures} questions {self.questions}"
+        return f"{self.clock.item():.0f}s step {self.step} loss {loss:.3f} {counts} {tasks}"
 
 
 @click.command(help=__doc__)
 @click.option("--minutes", default=75.0, show_default=True, help="Training time, over all resumed parts.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for state.pt and checkpoint/.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for state.pt and checkpoint/."
+)
 @click.option("--processes", default=2, show_default=True, help="Single-threaded processes; one per core.")
-@click.option("--memory-mb", default=300, show_default=True, help="Activation memory a process's micro-batch may keep.")
+@click.option(
+    "--memory-mb", default=300, show_default=True, help="Activation memory a process's micro-batch may keep."
+)
 @click.option("--checkpoint-layers/--checkpoint-long-only", default=False, show_default=True,
               help="Recompute every batch's layers, or only those of batches over the limit.")  # fmt: skip
 @click.option("--save-every", default=180.0, show_default=True, help="Seconds between saved states.")
-def main(minutes: float, out: Path, processes: int, memory_mb: int, checkpoint_layers: bool, save_every: float) -> None:
+def main(
+    minutes: float, out: Path, processes: int, memory_mb: int, checkpoint_layers: bool, save_every: float
+) -> None:
     """Runs the command line."""
     keep_memory()
     out.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 40),
     "green": (40, 175, 60),
@@ -15,10 +20,10 @@ SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring", "star")
 
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 
-NAMES = tuple(
+NAMES = _words(
     "Ann Bob Cara Dan Eva Finn Gus Hana Ivan Jana Karl Lena Max Nora Otto Pia Quin Rosa Sam Tina "
     "Ugo Vera Will Xena Yara Zeno Aldo Bella Cleo Dirk Elsa Fred Gina Hugo Iris Jack Kira Leo Mona Nils "
-    "Olga Paul Rita Sven Tess Uma Vito Wanda".split()
+    "Olga Paul Rita Sven Tess Uma Vito Wanda"
 )
 
 OPPOSITES = (
@@ -27,20 +32,21 @@ OPPOSITES = (
     ("light", "dark"), ("happy", "sad"), ("early", "late"), ("full", "empty"),
 )  # fmt: skip
 
-ADJECTIVES = tuple("old new big small quiet green red wet dry long short happy slow warm dark light".split())
-NOUNS = tuple(
+ADJECTIVES = _words("old new big small quiet green red wet dry long short happy slow warm dark light")
+NOUNS = _words(
     "cat dog fox bird horse fish tree river house boat road garden bridge stone table lamp book hill "
-    "field town train window door market".split()
+    "field town train window door market"
 )
-VERBS = tuple("saw found liked passed watched followed left reached".split())
-PLACES = tuple("near behind under beside over".split())
+VERBS = _words("saw found liked passed watched followed left reached")
+PLACES = _words("near behind under beside over")
 
-QUESTION_WORDS = (
+QUESTION_WORDS = _words(
     "What color is the shape are there How many things in picture pictures Which has a an and Where "
     "Is of or below above number letters printed number from does have comes after before opposite "
     "Repeat user assistant system Picture From Copy shapes circles squares triangles diamonds crosses rings "
-    "stars has have does + = . : ? Facts The the A a In at on top bottom left right yes no it this image Describe"
-).split()
+    "stars has have does + = . : ? Facts The the A a In at on top bottom left right yes no it this image "
+    "Describe"
+)
 
 
 def plural(shape: str) -> str:

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from deepstitch.runtime.bundle import DECODER, VISION_ENCODER, Bundle
-from deepstitch.runtime.engine import Array, BoundRun, GraphRunner
 
 from deepstitch.errors import BundleError, InputError
 from deepstitch.manifest import TensorSpec
+from deepstitch.runtime.bundle import DECODER, VISION_ENCODER, Bundle
+from deepstitch.runtime.engine import Array, BoundRun, GraphRunner
 
 if TYPE_CHECKING:
     from deepstitch.runtime.preprocess import VisionBatch
 
 __all__ = ["OrtEngine", "OrtGraph"]
 
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4
+_REASON_LENGTH = 200
 _PROVIDERS = ["CPUExecutionProvider"]
 _DTYPES = {
     "tensor(float)": "float32",
@@ -111,14 +112,14 @@ def _load(bundle: Bundle, name: str, threads: int | None) -> onnxruntime.Inferen
         options = _session_options(name, threads)
         session = onnxruntime.InferenceSession(str(path), options, providers=_PROVIDERS)
     except Exception as error:  # ONNX Runtime raises bare subclasses of Exception
-        raise BundleError(_load_failure(bundle, name, str(path), error)) from None
+        raise BundleError(_load_failure(name, str(path), error)) from None
     bundle.check_graph(name, _specs(session.get_inputs()), _specs(session.get_outputs()))
     return session
 
 
 def _session_options(name: str, threads: int | None) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY + 1  # failures come as exceptions; the log would say them twice
+    options.log_severity_level = _FATAL_ONLY  # failures come as exceptions; the log would say them twice
     if threads is not None:
         options.intra_op_num_threads = threads
     if name == VISION_ENCODER:
@@ -127,18 +128,14 @@ def _session_options(name: str, threads: int | None) -> onnxruntime.SessionOptio
     return options
 
 
-def _load_failure(bundle: Bundle, name: str, path: str, error: Exception) -> str:
+def _load_failure(name: str, path: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
-    reason = reason if len(reason) <= 300 else reason[:300] + "…"
-    made_with = bundle.manifest.versions.get("onnxruntime")
+    remedy = "export the checkpoint again"
     if "IR version" in reason or "opset" in reason.lower():
-        remedy = "install a newer onnxruntime (pip install -U onnxruntime) or export the checkpoint again"
-    else:
-        remedy = "export the checkpoint again"
-    made = f" (exported with {made_with})" if made_with else ""
-    return (
-        f"{path}: onnxruntime {onnxruntime.__version__}{made} cannot load graph '{name}': {reason}; {remedy}"
-    )
+        remedy = f"install a newer onnxruntime than {onnxruntime.__version__}, or {remedy}"
+    if len(reason) > _REASON_LENGTH:  # what went wrong stands at the end, after C++ signatures
+        reason = "…" + reason[-_REASON_LENGTH:]
+    return f"{path}: onnxruntime cannot load graph '{name}': {reason}; {remedy}"
 
 
 def _specs(values: Any) -> list[TensorSpec]:

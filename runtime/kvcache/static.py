@@ -1,8 +1,8 @@
 """A KV cache allocated at capacity, whose memory the graph writes directly.
 
-Memory plan. Each decoder layer has two tensors ``[B, Hkv, C, D]``, capacity C >= any row's length. Rows lie one
-after the other, so that a range of rows is a contiguous view and can be bound by itself. Where the graph may write
-``present`` over ``past`` there is one set of buffers; elsewhere there are two, which change roles after each call.
+Memory plan. Each decoder layer has two tensors ``[B, Hkv, C, D]``, capacity C >= any row's length. Rows lie
+one after the other, so that a range of rows is a contiguous view and can be bound by itself. Where the graph
+may write ``present`` over ``past`` there is one set of buffers; elsewhere two, which swap after each call.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from deepstitch.runtime.engine import Array
 
 from deepstitch.errors import BundleError
 from deepstitch.manifest import Graph
+from deepstitch.runtime.engine import Array
 
 __all__ = ["CacheTensor", "KVCache", "cache_tensors"]
 
@@ -53,8 +53,8 @@ def cache_tensors(decoder: Graph) -> tuple[CacheTensor, ...]:
         _, heads, _, width = spec.shape if len(spec.shape) == 4 else ("",) * 4
         if present not in outputs or not isinstance(heads, int) or not isinstance(width, int):
             raise BundleError(
-                f"{decoder.file}: cache input '{spec.name}' {list(spec.shape)} needs an output '{present}' and "
-                "a shape [batch, heads, capacity, width] of fixed heads and width; export the checkpoint again"
+                f"{decoder.file}: cache input '{spec.name}' {list(spec.shape)} needs an output '{present}' "
+                "and a shape [batch, heads, capacity, width] of fixed heads and width; export again"
             )
         tensors.append(
             CacheTensor(past=spec.name, present=present, heads=heads, width=width, dtype=spec.dtype)

@@ -31,7 +31,7 @@ MAX_IMAGE_PIXELS = 1 << 27
 """134 million: a larger picture is refused before it is decoded, 400 MB as RGB."""
 
 # Formats decoded in Pillow's own process; EPS, for one, would start an interpreter on the file's content.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 def describe(source: ImageSource) -> str:
@@ -173,9 +173,9 @@ def _array_to_rgb(array: npt.NDArray[Any], label: str) -> npt.NDArray[np.uint8]:
     """Bring an array to ``[H, W, 3]``."""
     if array.ndim == 2:
         array = array[..., None]
-    if array.ndim != 3:
+    elif array.ndim != 3:
         raise InputError(f"{label}: shape {array.shape}; a picture has shape (height, width, channels)")
-    if array.shape[0] in (1, 3, 4):  # where both ends could be the channels, HF takes the first
+    elif array.shape[0] in (1, 3, 4):  # where both ends could be the channels, HF takes the first
         array = np.moveaxis(array, 0, -1)
     if array.shape[-1] not in (1, 3, 4):
         raise InputError(f"{label}: shape {array.shape}; a picture has 1, 3 or 4 channels")

@@ -1,4 +1,4 @@
-"""One image or clip on its way into the packed batch: first its grid is known, then its patches are written."""
+"""One image or clip on its way into the packed batch: first its grid is known, then patches are written."""
 
 from __future__ import annotations
 

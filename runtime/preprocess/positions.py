@@ -72,7 +72,7 @@ class MRopeState:
 
         Args:
             input_ids: ``[S]`` token ids, one placeholder id per visual token.
-            grid_thw: ``[N, 3]`` grids of the images and clips that begin in ``input_ids``, in their order; those
+            grid_thw: ``[N, 3]`` grids of the images and clips that begin in ``input_ids``, in order; those
                 of later chunks may be announced early.
 
         Returns:
@@ -154,8 +154,8 @@ def mrope_position_ids(
         attention_mask: ``[B, S]``, zero at padding; None means no padding.
 
     Returns:
-        position_ids ``[3, B, S]`` int64, zero at padding, and rope_deltas ``[B]`` int64: the next position of a
-        row is its number of valid tokens plus its delta.
+        position_ids ``[3, B, S]`` int64, zero at padding, and rope_deltas ``[B]`` int64: the next position of
+        a row is its number of valid tokens plus its delta.
 
     Raises:
         InputError: visual tokens and grids do not match.

@@ -101,8 +101,8 @@ class Processor:
 
         Args:
             messages: chat format. A content part of type image or video may carry its own
-                (``{"type": "image", "image": path}``), otherwise it takes the next of ``images`` or ``videos``.
-                A bare string is one user turn.
+                (``{"type": "image", "image": path}``), or it takes the next of ``images`` or ``videos``. A
+                bare string is one user turn.
             images: paths, bytes, PIL images or arrays.
             videos: see :mod:`deepstitch.runtime.preprocess.video`.
             add_generation_prompt: end with the opening of the assistant's turn.
@@ -167,9 +167,9 @@ class Processor:
             places = [(start, kind) for start in _find_all(text, token)]
             if len(places) != len(given):
                 raise InputError(
-                    f"the prompt holds {len(places)} {kind} placeholders ({token}), but {len(given)} {kind}s were "
-                    f"passed; give every {kind} one content part of type '{kind}', and keep the placeholder itself "
-                    "out of the text"
+                    f"the prompt holds {len(places)} {kind} placeholders ({token}), but {len(given)} {kind}s "
+                    f"were passed; give every {kind} one content part of type '{kind}', and keep the "
+                    "placeholder itself out of the text"
                 )
             found += places
         counters = dict.fromkeys(_KINDS, -1)

@@ -147,7 +147,7 @@ def _pixels(
             "std": _per_channel(raw.get("image_std"), colours[1], vision.in_channels),
             "resample": int(Image.Resampling(3 if raw.get("resample") is None else raw["resample"])),
         }
-    except (TypeError, ValueError, KeyError) as error:
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise BundleError(
             f"{where}: size, image_mean, image_std or resample is malformed ({error})"
         ) from None

@@ -54,11 +54,12 @@ class Tokenizer:
             InputError: the text holds half a surrogate pair, which no encoding can express.
         """
         try:
-            return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+            text.encode()
         except UnicodeEncodeError as error:
             raise InputError(
                 f"the prompt is not valid Unicode text ({error.reason} at {error.start})"
             ) from None
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""

@@ -1,7 +1,7 @@
 """Grid arithmetic of the vision encoder: everything that depends on how many patches an image has.
 
-All rows are in merge-block order: the ``merge x merge`` patches that become one token are neighbours, blocks run
-row by row. A clip repeats the rows of one frame.
+All rows are in merge-block order: the ``merge x merge`` patches that become one token are neighbours, blocks
+run row by row. A clip repeats the rows of one frame.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def vision_inputs(grid_thw: npt.ArrayLike, facts: VisionFacts) -> VisionInputs:
     """Compute the position inputs of a packed batch.
 
     Args:
-        grid_thw: ``[N, 3]`` patches per image or clip along time, height, width; height and width are multiples
-            of the merge size.
+        grid_thw: ``[N, 3]`` patches per image or clip along time, height, width; height and width are
+            multiples of the merge size.
         facts: the vision section of the manifest.
 
     Returns:
-        position_indices ``[4, P]`` int64, position_weights ``[4, P]`` float32 (bilinear taps, corners aligned),
+        position_indices ``[4, P]`` int64, position_weights ``[4, P]`` float32 (bilinear, corners aligned),
         rotary_cos and rotary_sin ``[P, head_dim/2]`` float32 (height frequencies, then width frequencies),
         cu_seqlens ``[segments+1]`` int32 with one segment per image or time step of a clip.
     """
@@ -76,7 +76,7 @@ def _merge_block_order(height: int, width: int, merge: int) -> tuple[_Int, _Int]
 def _write_taps(
     indices: _Int, weights: _Float, row: _Int, column: _Int, height: int, width: int, steps: int, side: int
 ) -> None:
-    """Fill ``[4, steps * height * width]``; taps run (low row, low column), (low, high), (high, low), (high, high)."""
+    """Fill ``[4, steps * height * width]``; tap ``2 * high_row + high_column``."""
     row_taps, row_weights = _axis_taps(height, side)
     column_taps, column_weights = _axis_taps(width, side)
     for tap in range(4):
@@ -88,7 +88,7 @@ def _write_taps(
 
 
 def _axis_taps(size: int, side: int) -> tuple[_Int, _Float]:
-    """Low and high tap and their weights for ``size`` positions along one axis of the table, each ``[2, size]``."""
+    """Low and high tap and their weights for ``size`` positions along one axis, each ``[2, size]``."""
     position = np.arange(size, dtype=np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
     low = np.floor(position)
     fraction = position - low

@@ -65,6 +65,8 @@ def test_cache_and_memory_of_qwen3_vl_30b() -> None:
     streams = 3 * 1024 * 2048
     attention = 1024 * (64 + 8) * 128 + 2 * 32 * 512 * 4096
     assert shape.activation_bytes(load) == 4 * (streams + attention)
+    at_once = Workload(context=512, batch=2)
+    assert shape.activation_bytes(at_once) == 4 * (streams + 1024 * 72 * 128 + 2 * 32 * 512 * 512)
 
 
 def test_memory_grows_with_the_request(tiny_checkpoint: Callable[..., Path]) -> None:

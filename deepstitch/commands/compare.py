@@ -1,0 +1,89 @@
+"""``deepstitch compare``: does a bundle compute what the model computes?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+__all__ = ["command"]
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command("compare")
+@click.argument("bundle", type=_FOLDER, metavar="DIR")
+@click.option(
+    "--against",
+    type=click.Choice(["pytorch", "transformers", "portable"]),
+    default="pytorch",
+    help="The reference: our PyTorch model, Hugging Face's, or another bundle.",
+)
+@click.option("--checkpoint", type=_FOLDER, help="The checkpoint the bundle was exported from; pytorch and transformers need it.")
+@click.option("--reference", type=_FOLDER, help="The bundle to compare with; --against portable needs it.")
+@click.option("--case", "cases", multiple=True, metavar="NAME", help="Run only this case; may be given several times.")
+@click.option(
+    "--tolerance",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change a limit: logits, stages or agreement; may be given several times.",
+)
+@click.option("--expert-layout", type=click.Choice(["hub", "transformers"]), help="Where the shapes of the experts cannot tell.")
+@click.option("--html", "html_file", type=_FILE, help="Write a page with error plots.")
+@click.option("--polygraphy-script", "script", type=_FILE, help="Write a script that repeats this with Polygraphy alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+def command(
+    bundle: Path,
+    against: str,
+    checkpoint: Path | None,
+    reference: Path | None,
+    cases: tuple[str, ...],
+    settings: tuple[str, ...],
+    expert_layout: str | None,
+    html_file: Path | None,
+    script: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare a bundle with a reference, case by case and stage by stage.
+
+    The cases cover text, one to three pictures, batches, video, further turns, chunked prefill and decoding, with
+    inputs made up to fit the model. The exit code is 1 if a stage is over its limit.
+
+    \b
+    deepstitch compare BUNDLE --checkpoint CHECKPOINT --html report.html
+    deepstitch compare BUNDLE --against portable --reference PORTABLE_BUNDLE
+    """
+    from deepstitch.errors import ComparisonFailed, MissingDependency
+    from deepstitch.export.compare.cases import select_cases
+
+    try:
+        from deepstitch.export.compare.comparison import compare_bundle
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("deepstitch"):
+            raise
+        raise MissingDependency(str(error.name), "compare", "deepstitch compare") from None
+    from deepstitch.export.compare.html import write_html
+    from deepstitch.export.compare.report import failure_lines, table_lines
+    from deepstitch.runtime.bundle import Bundle
+
+    found = compare_bundle(
+        Bundle.open(bundle, progress=not quiet),
+        against=against,
+        checkpoint=checkpoint,
+        reference=reference,
+        cases=select_cases(cases),
+        settings=settings,
+        expert_layout=expert_layout,
+        script=script,
+        progress=not quiet,
+    )
+    if html_file is not None:
+        write_html(found, html_file)
+    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(table_lines(found)))
+    if not found.passed:
+        raise ComparisonFailed(f"{bundle} is not what its reference computes: {'; '.join(failure_lines(found))}")

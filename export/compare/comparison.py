@@ -1,0 +1,189 @@
+"""The comparison itself: make the inputs, run the reference, run the bundle, measure."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from deepstitch.errors import BundleError, InputError
+from deepstitch.export.compare.candidate import Candidate
+from deepstitch.export.compare.cases import CASES, Case
+from deepstitch.export.compare.inputs import CaseInputs, InputMaker
+from deepstitch.export.compare.memory import check_memory
+from deepstitch.export.compare.metrics import StageResult, compare_stage
+from deepstitch.export.compare.polygraphy_engine import PolygraphyEngine, polygraphy_agrees
+from deepstitch.export.compare.references import PyTorchReference, Reference, ReferenceOpener
+from deepstitch.export.compare.report import Comparison
+from deepstitch.export.compare.stages import Stages
+from deepstitch.export.compare.tolerance import Tolerance
+from deepstitch.runtime.bundle import Bundle
+from deepstitch.runtime.engine import open_engine
+
+__all__ = ["AGAINST", "compare_bundle", "make_inputs", "measure", "reference_opener", "run_reference"]
+
+AGAINST = ("pytorch", "transformers", "portable")
+_SKIPPED = "does not apply: the model takes text only"
+
+
+def compare_bundle(
+    bundle: Bundle,
+    *,
+    against: str = "pytorch",
+    checkpoint: Path | None = None,
+    reference: Path | None = None,
+    cases: Sequence[Case] = CASES,
+    settings: Sequence[str] = (),
+    expert_layout: str | None = None,
+    script: Path | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Compare an opened bundle with its model.
+
+    The reference runs first and is gone before the bundle's graphs are loaded, so that both never share the memory.
+
+    Args:
+        bundle: what to compare.
+        against: ``pytorch`` and ``transformers`` read ``checkpoint``, ``portable`` another bundle, ``reference``.
+        checkpoint: folder of the model the bundle was exported from.
+        reference: bundle folder of the same model.
+        cases: which cases.
+        settings: changed limits, ``NAME=VALUE``.
+        expert_layout: layout of the experts in ``checkpoint``, where their shapes cannot tell.
+        script: also write a Polygraphy script of this comparison here.
+        progress: show bars on stderr, if it is a terminal.
+
+    Raises:
+        DeepstitchError: something is missing or refused; nothing was compared.
+    """
+    began = time.perf_counter()
+    opener, weights = reference_opener(bundle, against, checkpoint, reference, expert_layout)
+    tolerance = Tolerance.for_weights(bundle.manifest.weights, *weights).replace(settings)
+    inputs, skipped = make_inputs(bundle, cases)
+    expected = run_reference(opener, inputs, against, progress)
+    if script is not None:
+        from deepstitch.export.compare.polygraphy_script import write_script
+
+        write_script(script, bundle, inputs, expected, tolerance)
+    polygraphy: dict[str, bool] = {}
+    results: list[StageResult] = []
+    with _candidate(bundle, through_polygraphy=against == "portable") as candidate:
+        pairs = tqdm(zip(inputs, expected, strict=True), desc="bundle", total=len(inputs), disable=None if progress else True)
+        for each, stages in pairs:
+            actual = candidate.run(each)
+            results += measure(each.case.name, actual, stages, tolerance)
+            if against == "portable":
+                polygraphy[each.case.name] = polygraphy_agrees(actual, stages, tolerance)
+    return Comparison(
+        bundle=str(bundle.folder),
+        target=bundle.manifest.target,
+        weights=bundle.manifest.weights,
+        against=against,
+        tolerance=tolerance,
+        results=tuple(results),
+        skipped=skipped,
+        polygraphy=polygraphy,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def make_inputs(bundle: Bundle, cases: Sequence[Case]) -> tuple[list[CaseInputs], dict[str, str]]:
+    """Inputs of the cases that apply, and why the others do not.
+
+    Raises:
+        InputError: none applies.
+    """
+    make = InputMaker(bundle.folder, bundle.manifest)
+    made = {case.name: make(case) for case in cases}
+    inputs = [each for each in made.values() if each is not None]
+    if not inputs:
+        raise InputError(f"{bundle.folder}: none of the cases {', '.join(made)} applies to a text-only model")
+    return inputs, {name: _SKIPPED for name, each in made.items() if each is None}
+
+
+def reference_opener(
+    bundle: Bundle, against: str, checkpoint: Path | None, reference: Path | None, expert_layout: str | None
+) -> tuple[ReferenceOpener, tuple[str, ...]]:
+    """Check what the reference needs; return how to load it, and the dtype of its weights if they may be rounded.
+
+    Raises:
+        InputError: the checkpoint or the reference bundle was not given.
+        UnsupportedError: the model does not fit into memory.
+        BundleError: the reference bundle is damaged or of another model.
+    """
+    if against == "portable":
+        if reference is None:
+            raise InputError("--against portable needs --reference BUNDLE, a bundle of the same model to compare with")
+        other = Bundle.open(reference)
+        _same_model(bundle, other)
+        return lambda: _polygraphy_candidate(other), (other.manifest.weights,)
+    if checkpoint is None:
+        raise InputError(
+            f"--against {against} needs --checkpoint DIR, the folder that was exported; a bundle does not hold the PyTorch model"
+        )
+    _same_checkpoint(bundle, checkpoint)
+    check_memory(checkpoint, expert_layout)
+
+    @contextlib.contextmanager
+    def load() -> Iterator[Reference]:
+        if against == "pytorch":
+            yield PyTorchReference(checkpoint, expert_layout)
+            return
+        from deepstitch.export.compare.transformers_reference import TransformersReference
+
+        yield TransformersReference(checkpoint, bundle.manifest.model)
+
+    return load, ()
+
+
+def run_reference(opener: ReferenceOpener, inputs: Sequence[CaseInputs], name: str, progress: bool) -> list[Stages]:
+    """Load the reference, run every case, and give its memory back."""
+    with opener() as reference:
+        expected = [reference.run(each) for each in tqdm(inputs, desc=name, disable=None if progress else True)]
+        del reference
+    gc.collect()
+    return expected
+
+
+def measure(case: str, actual: Stages, expected: Stages, tolerance: Tolerance) -> list[StageResult]:
+    """Compare all stages of one case."""
+    return [compare_stage(case, stage, actual.get(stage), array, tolerance) for stage, array in expected.items()]
+
+
+@contextlib.contextmanager
+def _candidate(bundle: Bundle, *, through_polygraphy: bool) -> Iterator[Candidate]:
+    if not through_polygraphy:
+        yield Candidate(open_engine("ort", bundle))
+        return
+    with _polygraphy_candidate(bundle) as candidate:
+        yield candidate
+
+
+@contextlib.contextmanager
+def _polygraphy_candidate(bundle: Bundle) -> Iterator[Candidate]:
+    with PolygraphyEngine.open(bundle) as engine:
+        yield Candidate(engine)
+
+
+def _same_model(bundle: Bundle, other: Bundle) -> None:
+    for name in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers", "num_deepstack", "num_parameters"):
+        mine, theirs = (getattr(each.manifest.model, name) for each in (bundle, other))
+        if mine != theirs:
+            raise BundleError(f"--reference {other.folder}: {name} is {theirs!r}, the compared bundle has {mine!r}; not the same model")
+
+
+def _same_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
+    from deepstitch.models import ModelConfig
+
+    config, facts = ModelConfig.from_file(checkpoint / "config.json"), bundle.manifest.model
+    found = (config.model_type, config.text.hidden_size, config.text.vocab_size, config.text.num_hidden_layers)
+    expected = (facts.model_type, facts.hidden_size, facts.vocab_size, facts.num_hidden_layers)
+    if found != expected:
+        raise InputError(
+            f"--checkpoint {checkpoint}: model type, hidden size, vocabulary and layers are {found}, the bundle has "
+            f"{expected}; give the checkpoint that was exported"
+        )

@@ -1,0 +1,117 @@
+"""Bundles run through Polygraphy's ONNX Runtime runner, for comparisons of graphs with graphs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deepstitch.errors import MissingDependency
+from deepstitch.export.compare.stages import Stages
+from deepstitch.export.compare.tolerance import Tolerance
+from deepstitch.runtime.bundle import DECODER, VISION_ENCODER, Bundle
+from deepstitch.runtime.engine import Array, BoundRun, GraphRunner
+from deepstitch.runtime.preprocess import VisionBatch
+
+__all__ = ["PolygraphyEngine", "polygraphy_agrees", "require_polygraphy"]
+
+
+def require_polygraphy(purpose: str) -> None:
+    """Check that Polygraphy is there.
+
+    Raises:
+        MissingDependency: it is not.
+    """
+    try:
+        import polygraphy.backend.onnxrt
+        import polygraphy.comparator  # noqa: F401
+    except ImportError:
+        raise MissingDependency("polygraphy", "compare", purpose) from None
+
+
+class PolygraphyGraph:
+    """One graph behind an activated ``OnnxrtRunner``."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See :meth:`deepstitch.runtime.engine.GraphRunner.run`."""
+        return dict(self._runner.infer(dict(inputs)))
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundRun:
+        """See :meth:`deepstitch.runtime.engine.GraphRunner.bind`; the runner allocates, so outputs are copied."""
+        return partial(self._run_bound, dict(inputs), dict(outputs))
+
+    def _run_bound(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        results = self.run(inputs)
+        for name, array in outputs.items():
+            np.copyto(array, results[name])
+
+
+class PolygraphyEngine:
+    """An engine for :class:`deepstitch.export.compare.candidate.Candidate`."""
+
+    def __init__(self, bundle: Bundle, graphs: Mapping[str, PolygraphyGraph]) -> None:
+        self.bundle = bundle
+        self._graphs = graphs
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, bundle: Bundle) -> Iterator[PolygraphyEngine]:
+        """Load all graphs of a bundle; leaving the context closes them.
+
+        Raises:
+            MissingDependency: Polygraphy is not installed.
+        """
+        require_polygraphy("comparing two bundles")
+        from polygraphy.backend.onnxrt import OnnxrtRunner
+
+        with contextlib.ExitStack() as stack:
+            graphs = {}
+            for name in bundle.manifest.graphs:
+                runner = OnnxrtRunner(partial(_session, str(bundle.graph_path(name))), name=name)
+                graphs[name] = PolygraphyGraph(stack.enter_context(runner))
+            yield cls(bundle, graphs)
+
+    @property
+    def decoder(self) -> GraphRunner:
+        """The decoder graph."""
+        return self._graphs[DECODER]
+
+    def vision(self, batch: VisionBatch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """See :meth:`deepstitch.runtime.engine.Engine.vision`."""
+        outputs = self._graphs[VISION_ENCODER].run(batch.graph_inputs())
+        return outputs["image_embeds"], outputs["deepstack_embeds"]
+
+
+def _session(path: str) -> Any:
+    """What Polygraphy's own loader makes, without a warning per layer and call about caches that are not bound in place."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def polygraphy_agrees(actual: Stages, expected: Stages, tolerance: Tolerance) -> bool:
+    """The verdict of Polygraphy's comparator on the errors of one case."""
+    from polygraphy.comparator import Comparator, RunResults, SimpleCompareFunc
+    from polygraphy.logger import G_LOGGER
+
+    limits = {}
+    for stage, array in expected.items():
+        limit = tolerance.limit(stage)
+        limits[stage] = limit.value * (float(np.abs(array).max(initial=0)) if limit.relative else 1.0)
+    results = RunResults()
+    results.add([actual], runner_name="bundle")
+    results.add([expected], runner_name="reference")
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        compared = Comparator.compare_accuracy(
+            results, compare_func=SimpleCompareFunc(atol=limits, rtol=0.0, check_error_stat="max")
+        )
+    return bool(compared)

@@ -1,0 +1,184 @@
+"""The step loop: encode, prefill, then decode and sample until every row has finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from deepstitch.errors import InputError
+from deepstitch.runtime.answer import Answer, Piece
+from deepstitch.runtime.calls import Floats, RowTokens
+from deepstitch.runtime.decode import DecoderState
+from deepstitch.runtime.embedding import item_spans, merge
+from deepstitch.runtime.kvcache import CachedTokens
+from deepstitch.runtime.parts import ModelParts
+from deepstitch.runtime.preprocess import Prompt, VisionBatch
+from deepstitch.runtime.results import Result, Timings
+from deepstitch.runtime.sampling import GenerationOptions
+
+__all__ = ["Generation"]
+
+_FIRST_RESERVE = 256  # answer tokens to make room for at once; longer answers double the cache
+
+
+class Generation:
+    """A batch of answers being written; iterate to write them.
+
+    Attributes:
+        state: KV cache and lengths; outlives the generation where the caller passed it in.
+        timings: seconds per stage so far.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        prompts: Sequence[Prompt],
+        options: GenerationOptions,
+        *,
+        state: DecoderState | None = None,
+        start: int = 0,
+    ) -> None:
+        """Check the prompts against the context and make room for them.
+
+        Args:
+            parts: the model.
+            prompts: one per row.
+            options: shared by all rows.
+            state: a cache that holds the first ``start`` tokens of the single prompt.
+            start: see ``state``.
+
+        Raises:
+            InputError: a prompt is empty, or it and ``max_tokens`` exceed the context.
+        """
+        self._parts = parts
+        self._options = options
+        self._start = start
+        self.timings = Timings()
+        model = parts.engine.bundle.manifest.model
+        for prompt in prompts:
+            _check_context(len(prompt.input_ids), options.max_tokens, model.max_position_embeddings)
+        self._rows = [Answer(index, parts, prompt, options) for index, prompt in enumerate(prompts)]
+        self._running = list(self._rows)
+        self._rope_deltas = np.array([prompt.rope_delta for prompt in prompts], np.int64)
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        capacity = longest + min(options.max_tokens, _FIRST_RESERVE)
+        self.state = state or DecoderState(parts.engine, rows=len(prompts), capacity=capacity)
+        self.state.truncate(0, start if state else 0)
+        self.state.reserve(capacity)
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Write until every row has finished."""
+        inputs = self._embed_prompts()
+        yield from self._prefill(inputs)
+        while self._running:
+            yield from self._step()
+
+    def interrupt(self) -> None:
+        """End every unfinished row where it is."""
+        for row in self._running:
+            row.interrupt()
+        self._running = []
+
+    def result(self, row: int = 0) -> Result:
+        """The answer of a finished row; ``load`` and ``preprocess`` seconds are the caller's to fill in."""
+        return self._rows[row].result(self.timings, cached_tokens=self._start)
+
+    def cached_tokens(self) -> CachedTokens:
+        """What the cache holds for the single row: the prompt, and the answer as far as it was fed back."""
+        row, count = self._rows[0], int(self.state.lengths[0])
+        prompt = row.prompt
+        written = np.array(row.token_ids, np.int64)
+        positions = len(prompt.input_ids) + prompt.rope_delta + np.arange(len(written))
+        return CachedTokens(
+            input_ids=np.concatenate([prompt.input_ids, written])[:count],
+            position_ids=np.concatenate([prompt.position_ids, np.tile(positions, (3, 1))], axis=1)[:, :count],
+            item_starts=item_spans(prompt, self._parts.visual_ids)[0],
+            item_keys=prompt.vision.content_keys if prompt.vision else (),
+        )
+
+    def _embed_prompts(self) -> list[RowTokens]:
+        """Run the vision encoder for what is new, and put its rows among the token embeddings."""
+        began = time.perf_counter()
+        visual_ids = self._parts.visual_ids
+        prompts = [row.prompt for row in self._rows]
+        features = self._parts.encoder.features(
+            [_items_from(prompt, self._start, visual_ids) for prompt in prompts]
+        )
+        model = self._parts.engine.bundle.manifest.model
+        self.timings.encode = time.perf_counter() - began
+        return [
+            merge(
+                self._parts.table,
+                prompt,
+                rows,
+                visual_ids=visual_ids,
+                deepstack_width=model.num_deepstack * model.hidden_size,
+                start=self._start,
+            )
+            for prompt, rows in zip(prompts, features, strict=True)
+        ]
+
+    def _prefill(self, inputs: Sequence[RowTokens]) -> list[Piece]:
+        """Run the prompts and choose the first token of each answer."""
+        began = time.perf_counter()
+        logits = self.state.prefill(inputs, chunk=self._options.prefill_chunk)
+        pieces = self._accept([each[0] for each in logits])
+        self.timings.prefill = time.perf_counter() - began
+        return pieces
+
+    def _step(self) -> list[Piece]:
+        """Feed the last token of every row and choose the next."""
+        began = time.perf_counter()
+        embeds = self._parts.table(np.array([row.token_ids[-1] for row in self._running]))
+        logits = self.state.step(embeds, self.state.lengths + self._rope_deltas)
+        running = self._running
+        pieces = self._accept(logits)
+        self.timings.decode += time.perf_counter() - began
+        for row in running:
+            row.decode_seconds = self.timings.decode
+        return pieces
+
+    def _accept(self, logits: Sequence[Floats] | Floats) -> list[Piece]:
+        running = self._running
+        pieces = [row.accept(values) for row, values in zip(running, logits, strict=True)]
+        if any(row.finish_reason for row in running):
+            self._retire()
+        return pieces
+
+    def _retire(self) -> None:
+        """Take finished rows out of the batch; the cache of the last ones stays, for a next turn."""
+        running = self._running
+        if all(row.finish_reason for row in running):
+            self._running = []
+            return
+        for slot in reversed(range(len(running))):
+            if running[slot].finish_reason:
+                self.state.drop(slot)  # the last row moves here, so it does in this list
+                running[slot] = running[-1]
+                running.pop()
+        self._rope_deltas = np.array([row.prompt.rope_delta for row in running], np.int64)
+
+
+def _items_from(prompt: Prompt, start: int, visual_ids: Sequence[int]) -> VisionBatch | None:
+    """The images and clips of a prompt that begin at or after token ``start``."""
+    if prompt.vision is None or start == 0:
+        return prompt.vision
+    wanted = np.flatnonzero(item_spans(prompt, visual_ids)[0] >= start).tolist()
+    return prompt.vision.take(wanted) if wanted else None
+
+
+def _check_context(prompt_tokens: int, max_tokens: int, limit: int) -> None:
+    if prompt_tokens == 0:
+        raise InputError("the prompt is empty; pass some text")
+    if prompt_tokens >= limit:
+        raise InputError(
+            f"the prompt has {prompt_tokens} tokens, the model's context is {limit}; "
+            "shorten the text, or pass fewer or smaller images"
+        )
+    if prompt_tokens + max_tokens > limit:
+        raise InputError(
+            f"{prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed the model's context of "
+            f"{limit}; use at most max_tokens {limit - prompt_tokens}"
+        )
