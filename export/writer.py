@@ -40,6 +40,7 @@ COPIED_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "video_preprocessor_config.json",
 )
 _ALIGNMENT = 4096  # of the first tensor, so that mapped pages start with it
@@ -75,7 +76,7 @@ def atomic_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
         else:
             temporary.rename(target)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"-o {target}: the disk is full; nothing was written") from None
         raise
     finally:
@@ -92,7 +93,7 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"-o {target}: exists already; choose another folder or pass --overwrite")
-    if not (target / "manifest.json").is_file() and any(target.iterdir()):
+    if not target.is_dir() or (not (target / "manifest.json").is_file() and any(target.iterdir())):
         raise OutputError(f"-o {target}: is not a bundle, so --overwrite does not replace it; choose another folder")
 
 

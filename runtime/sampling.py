@@ -18,7 +18,7 @@ __all__ = ["GenerationOptions", "Sampler", "log_probabilities"]
 
 _SHORT_LIST = 1024
 _OPTIONAL = ("seed", "prefill_chunk")
-_Check = tuple[str, type, Callable[[Any], bool], str]
+_Check = tuple[str, type[Integral] | type[Real], Callable[[Any], bool], str]
 _RANGES: tuple[_Check, ...] = (
     ("max_tokens", Integral, lambda value: value >= 1, "whole number, 1 or more"),
     ("temperature", Real, lambda value: value >= 0, "number, 0 or more (0 is greedy)"),

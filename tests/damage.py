@@ -212,7 +212,7 @@ CONFIG_DAMAGES: Mapping[str, Damage] = MappingProxyType(
     {
         "unknown model type": Damage(
             spoil=set_config(model_type="qwen4_vl"),
-            message="model_type 'qwen4_vl' is not supported; supported are qwen3_vl_moe, qwen3_vl, qwen3_moe, qwen3",
+            message="'qwen4_vl' is not supported; supported are qwen3_vl_moe, qwen3_vl, qwen3_moe, qwen3",
         ),
         "no model type": Damage(
             spoil=set_config(model_type=None), message="model_type None is not supported"

@@ -13,8 +13,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from deepstitch.models.sample.tokenizer import build_tokenizer, special_id, write_text_files
 from safetensors.numpy import save_file
+
+from deepstitch.models.sample.tokenizer import build_tokenizer, special_id, write_text_files
 
 FAMILIES = ("qwen3_vl_moe", "qwen3_vl", "qwen3_moe", "qwen3")
 LAYOUTS = ("hub", "transformers")

@@ -21,19 +21,34 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     default="pytorch",
     help="The reference: our PyTorch model, Hugging Face's, or another bundle.",
 )
-@click.option("--checkpoint", type=_FOLDER, help="The checkpoint the bundle was exported from; pytorch and transformers need it.")
+@click.option(
+    "--checkpoint",
+    type=_FOLDER,
+    help="The checkpoint the bundle was exported from; pytorch and transformers need it.",
+)
 @click.option("--reference", type=_FOLDER, help="The bundle to compare with; --against portable needs it.")
-@click.option("--case", "cases", multiple=True, metavar="NAME", help="Run only this case; may be given several times.")
+@click.option(
+    "--case", "cases", multiple=True, metavar="NAME", help="Run only this case; may be given several times."
+)
 @click.option(
     "--tolerance",
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Change a limit: logits, stages or agreement; may be given several times.",
+    help="Change a limit: logits, stages, outliers or agreement; may be given several times.",
 )
-@click.option("--expert-layout", type=click.Choice(["hub", "transformers"]), help="Where the shapes of the experts cannot tell.")
+@click.option(
+    "--expert-layout",
+    type=click.Choice(["hub", "transformers"]),
+    help="Where the shapes of the experts cannot tell.",
+)
 @click.option("--html", "html_file", type=_FILE, help="Write a page with error plots.")
-@click.option("--polygraphy-script", "script", type=_FILE, help="Write a script that repeats this with Polygraphy alone.")
+@click.option(
+    "--polygraphy-script",
+    "script",
+    type=_FILE,
+    help="Write a script that repeats this with Polygraphy alone.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def command(
@@ -51,8 +66,8 @@ def command(
 ) -> None:
     """Compare a bundle with a reference, case by case and stage by stage.
 
-    The cases cover text, one to three pictures, batches, video, further turns, chunked prefill and decoding, with
-    inputs made up to fit the model. The exit code is 1 if a stage is over its limit.
+    The cases cover text, one to three pictures, batches, video, further turns, chunked prefill and decoding,
+    with inputs made up to fit the model. The exit code is 1 if a stage is over its limit.
 
     \b
     deepstitch compare BUNDLE --checkpoint CHECKPOINT --html report.html
@@ -86,4 +101,6 @@ def command(
         write_html(found, html_file)
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(table_lines(found)))
     if not found.passed:
-        raise ComparisonFailed(f"{bundle} is not what its reference computes: {'; '.join(failure_lines(found))}")
+        raise ComparisonFailed(
+            f"{bundle} is not what its reference computes: {'; '.join(failure_lines(found))}"
+        )

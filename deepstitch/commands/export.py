@@ -22,14 +22,30 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.command("export")
 @click.argument("checkpoint", type=_FOLDER)
 @click.option("-o", "--output", type=_FOLDER, required=True, help="Bundle folder to create.")
-@click.option("--target", default="ort-cpu", metavar="TARGET", help="What runs the graphs: portable or ort-cpu.")
-@click.option("--weights", default="fp32", metavar="DTYPE", help="What matrices are stored as, fp32 or fp16; arithmetic is fp32.")
-@click.option("--by-reference", is_flag=True, help="Link the checkpoint's weight files instead of writing a copy.")
 @click.option(
-    "--expert-layout", metavar="LAYOUT", help="hub or transformers, where the shapes of the experts cannot tell."
+    "--target", default="ort-cpu", metavar="TARGET", help="What runs the graphs: portable or ort-cpu."
+)
+@click.option(
+    "--weights",
+    default="fp32",
+    metavar="DTYPE",
+    help="What matrices are stored as, fp32 or fp16; arithmetic is fp32.",
+)
+@click.option(
+    "--by-reference", is_flag=True, help="Link the checkpoint's weight files instead of writing a copy."
+)
+@click.option(
+    "--expert-layout",
+    metavar="LAYOUT",
+    help="hub or transformers, where the shapes of the experts cannot tell.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
-@click.option("--compare/--no-compare", "compare", default=True, help="Compare the bundle with the PyTorch model afterwards.")
+@click.option(
+    "--compare/--no-compare",
+    "compare",
+    default=True,
+    help="Compare the bundle with the PyTorch model afterwards.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the summary.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def command(
@@ -46,8 +62,8 @@ def command(
 ) -> None:
     """Turn a checkpoint folder into a bundle of ONNX graphs and weights.
 
-    The bundle is opened, its contract checked, and every stage compared with the PyTorch model; the exit code is 1
-    if the comparison fails, and the bundle stays where it is. A refused checkpoint leaves nothing behind.
+    The bundle is opened, its contract checked, and every stage compared with the PyTorch model; the exit code
+    is 1 if the comparison fails, and the bundle stays. A refused checkpoint leaves nothing behind.
 
     \b
     deepstitch export Qwen3-VL-2B-Instruct --target ort-cpu --weights fp16 -o qwen3-vl-2b

@@ -1,7 +1,8 @@
 """Does a bundle compute what the model computes? Every case of the matrix, stage by stage.
 
-Reading order: ``cases`` (the matrix), ``inputs`` (made up from it), ``references`` and ``candidate`` (the two sides),
-``metrics`` and ``tolerance`` (the verdict), ``comparison`` (all together), ``report``, ``html``, ``polygraphy_script``.
+Reading order: ``cases`` (the matrix), ``inputs`` (made up from it), ``references`` and ``candidate`` (the two
+sides), ``metrics`` and ``tolerance`` (the verdict), ``comparison`` (all together), then ``report``, ``html``
+and ``polygraphy_script``.
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ class Candidate:
                 embeddings[row].append(tokens[row].embeds)
                 logits[row].append(values)
         decode = self._decode(inputs, state, ropes)
-        return stages | gather([np.concatenate(each) for each in embeddings], [np.concatenate(each) for each in logits], decode)
+        return stages | gather(
+            [np.concatenate(each) for each in embeddings], [np.concatenate(each) for each in logits], decode
+        )
 
     def _encode(self, inputs: CaseInputs) -> tuple[list[VisionFeatures], Stages]:
         """All pictures of all rows in one call of the vision encoder; outputs per item and as stages."""

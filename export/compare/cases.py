@@ -1,7 +1,7 @@
 """The case matrix: prompts that broke exporters of Qwen3-VL, as data.
 
-Sizes are relative, so that one matrix serves every checkpoint: :mod:`deepstitch.export.compare.inputs` fits them to the
-checkpoint's pixel limits and vocabulary.
+Sizes are relative, so that one matrix serves every checkpoint: ``inputs.py`` fits them to the checkpoint's
+pixel limits and vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A random picture, so many merged tokens taller and wider than the smallest square the checkpoint allows."""
+    """A random picture, so many merged tokens taller and wider than the smallest square that is allowed."""
 
     taller: int
     wider: int
@@ -83,7 +83,12 @@ CASES: tuple[Case, ...] = (
         rows=(((Text(6), SMALL, Text(9)),), ((Text(2), WIDE, Text(3), TALL, Text(8)),)),
         decode=4,
     ),
-    Case(name="video", purpose="a clip of three time steps", rows=(((Text(5), Clip(3), Text(6)),),), needs_vision=True),
+    Case(
+        name="video",
+        purpose="a clip of three time steps",
+        rows=(((Text(5), Clip(3), Text(6)),),),
+        needs_vision=True,
+    ),
     Case(
         name="multi-turn",
         purpose="a second turn with a picture of its own over the cache of the first",
@@ -96,7 +101,12 @@ CASES: tuple[Case, ...] = (
         rows=(((Text(8), TALL, Text(3), WIDE, Text(12)),),),
         chunk=5,
     ),
-    Case(name="decode-32", purpose="32 tokens one by one after a picture", rows=(((Text(6), SMALL, Text(5)),),), decode=32),
+    Case(
+        name="decode-32",
+        purpose="32 tokens one by one after a picture",
+        rows=(((Text(6), SMALL, Text(5)),),),
+        decode=32,
+    ),
 )
 
 
@@ -109,5 +119,7 @@ def select_cases(names: Iterable[str]) -> tuple[Case, ...]:
     known = {case.name: case for case in CASES}
     wanted = set(names)
     for name in sorted(wanted - known.keys()):
-        raise InputError(f"--case {name}: no such case{did_you_mean(name, known)}; there are {', '.join(known)}")
+        raise InputError(
+            f"--case {name}: no such case{did_you_mean(name, known)}; there are {', '.join(known)}"
+        )
     return tuple(case for case in CASES if not wanted or case.name in wanted)

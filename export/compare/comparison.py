@@ -44,11 +44,11 @@ def compare_bundle(
 ) -> Comparison:
     """Compare an opened bundle with its model.
 
-    The reference runs first and is gone before the bundle's graphs are loaded, so that both never share the memory.
+    The reference runs first and is gone before the bundle's graphs are loaded: they never share the memory.
 
     Args:
         bundle: what to compare.
-        against: ``pytorch`` and ``transformers`` read ``checkpoint``, ``portable`` another bundle, ``reference``.
+        against: ``pytorch`` and ``transformers`` read ``checkpoint``; ``portable`` reads ``reference``.
         checkpoint: folder of the model the bundle was exported from.
         reference: bundle folder of the same model.
         cases: which cases.
@@ -72,7 +72,12 @@ def compare_bundle(
     polygraphy: dict[str, bool] = {}
     results: list[StageResult] = []
     with _candidate(bundle, through_polygraphy=against == "portable") as candidate:
-        pairs = tqdm(zip(inputs, expected, strict=True), desc="bundle", total=len(inputs), disable=None if progress else True)
+        pairs = tqdm(
+            zip(inputs, expected, strict=True),
+            desc="bundle",
+            total=len(inputs),
+            disable=None if progress else True,
+        )
         for each, stages in pairs:
             actual = candidate.run(each)
             results += measure(each.case.name, actual, stages, tolerance)
@@ -108,7 +113,7 @@ def make_inputs(bundle: Bundle, cases: Sequence[Case]) -> tuple[list[CaseInputs]
 def reference_opener(
     bundle: Bundle, against: str, checkpoint: Path | None, reference: Path | None, expert_layout: str | None
 ) -> tuple[ReferenceOpener, tuple[str, ...]]:
-    """Check what the reference needs; return how to load it, and the dtype of its weights if they may be rounded.
+    """Check what the reference needs; return how to load it, and its weights' dtype if it is a bundle.
 
     Raises:
         InputError: the checkpoint or the reference bundle was not given.
@@ -117,13 +122,16 @@ def reference_opener(
     """
     if against == "portable":
         if reference is None:
-            raise InputError("--against portable needs --reference BUNDLE, a bundle of the same model to compare with")
+            raise InputError(
+                "--against portable needs --reference BUNDLE, a bundle of the same model to compare with"
+            )
         other = Bundle.open(reference)
         _same_model(bundle, other)
         return lambda: _polygraphy_candidate(other), (other.manifest.weights,)
     if checkpoint is None:
         raise InputError(
-            f"--against {against} needs --checkpoint DIR, the folder that was exported; a bundle does not hold the PyTorch model"
+            f"--against {against} needs --checkpoint DIR, the folder that was exported; a bundle does not "
+            "hold the PyTorch model"
         )
     _same_checkpoint(bundle, checkpoint)
     check_memory(checkpoint, expert_layout)
@@ -140,10 +148,14 @@ def reference_opener(
     return load, ()
 
 
-def run_reference(opener: ReferenceOpener, inputs: Sequence[CaseInputs], name: str, progress: bool) -> list[Stages]:
+def run_reference(
+    opener: ReferenceOpener, inputs: Sequence[CaseInputs], name: str, progress: bool
+) -> list[Stages]:
     """Load the reference, run every case, and give its memory back."""
     with opener() as reference:
-        expected = [reference.run(each) for each in tqdm(inputs, desc=name, disable=None if progress else True)]
+        expected = [
+            reference.run(each) for each in tqdm(inputs, desc=name, disable=None if progress else True)
+        ]
         del reference
     gc.collect()
     return expected
@@ -151,7 +163,9 @@ def run_reference(opener: ReferenceOpener, inputs: Sequence[CaseInputs], name: s
 
 def measure(case: str, actual: Stages, expected: Stages, tolerance: Tolerance) -> list[StageResult]:
     """Compare all stages of one case."""
-    return [compare_stage(case, stage, actual.get(stage), array, tolerance) for stage, array in expected.items()]
+    return [
+        compare_stage(case, stage, actual.get(stage), array, tolerance) for stage, array in expected.items()
+    ]
 
 
 @contextlib.contextmanager
@@ -170,20 +184,35 @@ def _polygraphy_candidate(bundle: Bundle) -> Iterator[Candidate]:
 
 
 def _same_model(bundle: Bundle, other: Bundle) -> None:
-    for name in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers", "num_deepstack", "num_parameters"):
+    for name in (
+        "model_type",
+        "hidden_size",
+        "vocab_size",
+        "num_hidden_layers",
+        "num_deepstack",
+        "num_parameters",
+    ):
         mine, theirs = (getattr(each.manifest.model, name) for each in (bundle, other))
         if mine != theirs:
-            raise BundleError(f"--reference {other.folder}: {name} is {theirs!r}, the compared bundle has {mine!r}; not the same model")
+            raise BundleError(
+                f"--reference {other.folder}: {name} is {theirs!r}, the compared bundle has {mine!r}; "
+                "give a bundle of the same model"
+            )
 
 
 def _same_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
     from deepstitch.models import ModelConfig
 
     config, facts = ModelConfig.from_file(checkpoint / "config.json"), bundle.manifest.model
-    found = (config.model_type, config.text.hidden_size, config.text.vocab_size, config.text.num_hidden_layers)
+    found = (
+        config.model_type,
+        config.text.hidden_size,
+        config.text.vocab_size,
+        config.text.num_hidden_layers,
+    )
     expected = (facts.model_type, facts.hidden_size, facts.vocab_size, facts.num_hidden_layers)
     if found != expected:
         raise InputError(
-            f"--checkpoint {checkpoint}: model type, hidden size, vocabulary and layers are {found}, the bundle has "
-            f"{expected}; give the checkpoint that was exported"
+            f"--checkpoint {checkpoint}: model type, hidden size, vocabulary and layers are {found}, "
+            f"the bundle has {expected}; give the checkpoint that was exported"
         )

@@ -1,4 +1,4 @@
-"""Do the graph files have the inputs and outputs the manifest declares? Read from the files, without loading weights."""
+"""Do the graph files have the inputs and outputs the manifest declares? Read without loading weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def _specs(values: Iterable[onnx.ValueInfoProto]) -> list[TensorSpec]:
             name=value.name,
             dtype=onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
             shape=tuple(
-                dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in value.type.tensor_type.shape.dim
+                dim.dim_value if dim.HasField("dim_value") else dim.dim_param
+                for dim in value.type.tensor_type.shape.dim
             ),
         )
         for value in values

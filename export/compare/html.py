@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deepstitch.errors import OutputError
 from deepstitch.export.compare.metrics import StageResult
-from deepstitch.export.compare.report import Comparison, failure_lines, format_limit, summary_line
+from deepstitch.export.compare.report import Comparison, failure_lines, format_limit, summary_line, verdict
 
 __all__ = ["render_html", "write_html"]
 
@@ -18,12 +18,15 @@ _LEFT, _TOP, _BOTTOM = 52, 14, 84  # margins of the plot area; labels stand belo
 _FLOOR = 1e-9  # errors of zero are drawn here
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1d2329; background: #fff }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2329; background: #fff }
+body { margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
 h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 } figcaption { font-weight: 600 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } th, td { padding: .15rem .8rem .15rem 0; text-align: left }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .15rem .8rem .15rem 0; text-align: left }
 thead th { border-bottom: 1px solid #9aa4ae } tr.first td { border-top: 1px solid #e3e7eb }
-.failed { color: #b3261e; font-weight: 600 } .grid { stroke: #e3e7eb } .limit { stroke: #b3261e; stroke-dasharray: 5 4 }
+.failed { color: #b3261e; font-weight: 600 }
+.grid { stroke: #e3e7eb } .limit { stroke: #b3261e; stroke-dasharray: 5 4 }
 text { font: 11px system-ui, sans-serif; fill: #4a545e } .dot { fill: #1a63a8 } .dot.over { fill: #b3261e }
 """
 
@@ -48,13 +51,16 @@ def render_html(comparison: Comparison) -> str:
 def _page(comparison: Comparison) -> Iterator[str]:
     title = f"{Path(comparison.bundle).name} against {comparison.against}"
     yield '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    yield f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>'
+    yield '<meta name="viewport" content="width=device-width">'
+    yield f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
     yield f"<h1>{html.escape(title)}</h1>"
     yield f"<p>Target {html.escape(comparison.target)}, weights {html.escape(comparison.weights)}. "
-    yield f"<span{'' if comparison.passed else ' class=failed'}>{html.escape(summary_line(comparison))}</span></p>"
+    style = "" if comparison.passed else ' class="failed"'
+    yield f"<span{style}>{html.escape(summary_line(comparison))}</span></p>"
     for line in failure_lines(comparison):
         yield f'<p class="failed">{html.escape(line)}</p>'
-    yield '<h2>Largest error per case</h2><p>Logarithmic; the dashed line is the tolerance.</p><div class="plots">'
+    yield "<h2>Largest error per case</h2><p>Logarithmic; the dashed line is the tolerance.</p>"
+    yield '<div class="plots">'
     for stage in dict.fromkeys(result.stage for result in comparison.results):
         yield _figure([result for result in comparison.results if result.stage == stage])
     yield "</div><h2>All numbers</h2>"
@@ -83,23 +89,41 @@ def _figure(results: Sequence[StageResult]) -> str:
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">1e{power}</text>')
     if limit.value:
-        parts.append(f'<line class="limit" x1="{_LEFT}" x2="{_WIDTH}" y1="{y(limit.value):.1f}" y2="{y(limit.value):.1f}"/>')
+        at = y(limit.value)
+        parts.append(f'<line class="limit" x1="{_LEFT}" x2="{_WIDTH}" y1="{at:.1f}" y2="{at:.1f}"/>')
     for number, result in enumerate(results):
         x = _LEFT + (number + 0.5) * (_WIDTH - _LEFT) / len(results)
         over = "" if result.passed else " over"
         tip = html.escape(f"{result.case}: {result.error:.2e}")
-        parts.append(f'<circle class="dot{over}" cx="{x:.1f}" cy="{y(result.error):.1f}" r="4"><title>{tip}</title></circle>')
+        parts.append(
+            f'<circle class="dot{over}" cx="{x:.1f}" cy="{y(result.error):.1f}" r="4">'
+            f"<title>{tip}</title></circle>"
+        )
         base = _HEIGHT - _BOTTOM + 12
         turn = f'transform="rotate(-40 {x:.1f} {base})"'
-        parts.append(f'<text x="{x:.1f}" y="{base}" text-anchor="end" {turn}>{html.escape(result.case)}</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{base}" text-anchor="end" {turn}>{html.escape(result.case)}</text>'
+        )
     kind = "error relative to the largest magnitude" if limit.relative else "absolute error"
     caption = f"{html.escape(results[0].stage)}: {kind}"
-    box = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{caption}"'
-    return f"<figure><figcaption>{caption}</figcaption><svg {box}>{''.join(parts)}</svg></figure>"
+    box = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img"'
+    svg = f'<svg {box} aria-label="{caption}">{"".join(parts)}</svg>'
+    return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
 
 
 def _table(comparison: Comparison) -> Iterator[str]:
-    names = ("case", "stage", "rows", "max abs", "max rel", "cosine", "argmax agreement", "near ties", "limit", "verdict")
+    names = (
+        "case",
+        "stage",
+        "rows",
+        "max abs",
+        "max rel",
+        "cosine",
+        "argmax agreement",
+        "near ties",
+        "limit",
+        "verdict",
+    )
     yield f"<table><thead><tr>{''.join(f'<th>{name}</th>' for name in names)}</tr></thead><tbody>"
     previous = ""
     for result in comparison.results:
@@ -115,8 +139,8 @@ def _table(comparison: Comparison) -> Iterator[str]:
             str(result.near_tie_disagreements) if logits else "",
             format_limit(result.limit),
         )
-        verdict = "<td>ok</td>" if result.passed else f'<td class="failed">failed {html.escape(result.note)}</td>'
+        judged = f"<td{'' if result.passed else ' class=failed'}>{html.escape(verdict(result))}</td>"
         first = "" if result.case == previous else ' class="first"'
-        yield f"<tr{first}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}{verdict}</tr>"
+        yield f"<tr{first}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}{judged}</tr>"
         previous = result.case
     yield "</tbody></table>"

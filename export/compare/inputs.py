@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deepstitch.export.compare.cases import Case, Clip, Picture, Text, Turn
-from deepstitch.manifest import Manifest, ModelFacts, VisionFacts
+from deepstitch.manifest import Manifest, ModelFacts
 from deepstitch.runtime.preprocess import VisionBatch
 from deepstitch.runtime.preprocess.items import ClipItem, ImageItem, VisualItem, pack
 from deepstitch.runtime.preprocess.patches import PatchShape
@@ -101,7 +101,9 @@ class InputMaker:
                 ids.append(np.concatenate(list(self._turn_ids(turn, shape, rng, items, pixels))))
                 spans.append(range(first, len(items)))
             decode_ids = rng.choice(self._ids, case.decode)
-            rows.append(RowInputs(turns=tuple(ids), items=tuple(spans), pixels=tuple(pixels), decode_ids=decode_ids))
+            rows.append(
+                RowInputs(turns=tuple(ids), items=tuple(spans), pixels=tuple(pixels), decode_ids=decode_ids)
+            )
         batch = pack(items, self._vision, shape) if items and self._vision and shape else None
         return CaseInputs(case=case, rows=tuple(rows), vision=batch)
 
@@ -118,13 +120,19 @@ class InputMaker:
             if isinstance(part, Text):
                 yield rng.choice(self._ids, part.tokens)
             elif shape is not None:
-                item, original = self._picture(part, shape, rng) if isinstance(part, Picture) else self._clip(part, shape, rng)
+                item, original = (
+                    self._picture(part, shape, rng)
+                    if isinstance(part, Picture)
+                    else self._clip(part, shape, rng)
+                )
                 items.append(item)
                 pixels.append(original)
                 yield from self._placeholders(item, shape, rng, is_clip=isinstance(part, Clip))
 
-    def _placeholders(self, item: VisualItem, shape: PatchShape, rng: np.random.Generator, *, is_clip: bool) -> Iterator[Ints]:
-        """Start, one placeholder per visual token, end; once per time step, with a timestamp's worth of text."""
+    def _placeholders(
+        self, item: VisualItem, shape: PatchShape, rng: np.random.Generator, *, is_clip: bool
+    ) -> Iterator[Ints]:
+        """Start, placeholders, end; for a clip per time step, with a timestamp's worth of text before."""
         steps, height, width = item.grid
         model = self._model
         pad = model.video_token_id if is_clip else model.image_token_id
@@ -135,7 +143,9 @@ class InputMaker:
             ids = [model.vision_start_token_id, *[pad] * count, model.vision_end_token_id]
             yield np.array([each for each in ids if each is not None], np.int64)
 
-    def _picture(self, part: Picture, shape: PatchShape, rng: np.random.Generator) -> tuple[VisualItem, Pixels]:
+    def _picture(
+        self, part: Picture, shape: PatchShape, rng: np.random.Generator
+    ) -> tuple[VisualItem, Pixels]:
         side = math.ceil(math.sqrt(self._image_settings.min_pixels / shape.factor**2))
         height, width = ((side + extra) * shape.factor - _OFF_GRID for extra in (part.taller, part.wider))
         pixels = _pattern(rng, height, width)
@@ -147,15 +157,18 @@ class InputMaker:
 
         def item(height: int, width: int) -> tuple[ClipItem, Pixels]:
             frames = np.stack([_pattern(rng, height, width) for _ in range(count)])
-            return ClipItem(VideoClip(frames=frames, do_sample=False), self._video_settings, shape, "clip"), frames
+            return ClipItem(
+                VideoClip(frames=frames, do_sample=False), self._video_settings, shape, "clip"
+            ), frames
 
         _, height, width = item(*wanted)[0].grid
-        # At the size the checkpoint's limits lead to: Hugging Face resizes clips with another library, which rounds its own way.
+        # At the size the checkpoint's limits lead to: Hugging Face resizes clips with another library, which
+        # rounds its own way.
         return item(height * shape.size, width * shape.size)
 
 
 def _pattern(rng: np.random.Generator, height: int, width: int) -> Pixels:
-    """Random coloured tiles under noise, ``(height, width, 3)``: no two patches alike, and structure across patches."""
+    """Random coloured tiles under noise, ``(height, width, 3)``: no two patches are alike."""
     tiles = rng.integers(0, 256, (height // 24 + 1, width // 24 + 1, 3))
     coarse = np.kron(tiles, np.ones((24, 24, 1), np.int64))[:height, :width]
     noise = rng.integers(0, 256, (height, width, 3))

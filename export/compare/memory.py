@@ -1,4 +1,4 @@
-"""Is there room for the reference? Asked before anything is loaded, and by the export before anything is written."""
+"""Is there room for the reference? Asked before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ __all__ = ["check_memory", "free_memory_bytes", "reference_bytes"]
 _FLOAT_BYTES = 4
 _OVERHEAD_BYTES = 1 << 30  # torch itself, activations, and the stages that are kept
 _GIB = 1 << 30
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def reference_bytes(checkpoint: Checkpoint, expert_layout: str | None = None) -> int:
-    """Memory the reference takes: every parameter in float32, the largest once more while it is read, and overhead.
+    """Memory the reference takes: parameters in float32, the largest twice while it is read, overhead.
 
     The bundle is loaded after the reference is gone; it takes no more than that.
     """
@@ -26,11 +27,12 @@ def reference_bytes(checkpoint: Checkpoint, expert_layout: str | None = None) ->
 
 
 def free_memory_bytes() -> int:
-    """Memory a process can take without pushing others out: of the machine, or of the control group if that is less."""
+    """Memory free on the machine, or in this process's control group if that is less."""
     free = [_machine_bytes()]
-    group = Path("/sys/fs/cgroup")
     try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used = (
+            (_CONTROL_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current")
+        )
         if limit != "max":
             free.append(int(limit) - int(used))
     except (OSError, ValueError):
@@ -57,6 +59,6 @@ def check_memory(folder: Path, expert_layout: str | None = None) -> None:
     needed, free = reference_bytes(Checkpoint.open(folder), expert_layout), free_memory_bytes()
     if needed > free:
         raise UnsupportedError(
-            f"{folder}: the comparison would load this model in float32, which takes {needed / _GIB:.1f} GiB; "
-            f"{free / _GIB:.1f} GiB are free. Export with --no-compare, or compare on a machine with more memory"
+            f"{folder}: to compare, this model is loaded in float32, which takes {needed / _GIB:.1f} GiB; "
+            f"{free / _GIB:.1f} GiB are free. Export with --no-compare, or compare on a larger machine"
         )

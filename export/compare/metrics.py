@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from deepstitch.export.compare.stages import LOGIT_STAGES, Floats
 from deepstitch.export.compare.tolerance import Limit, Tolerance
 
 __all__ = ["StageResult", "compare_stage"]
 
+Doubles = npt.NDArray[np.float64]
 _BLOCK = 64  # rows at a time: logits of a real vocabulary are wide
 
 
@@ -25,9 +27,10 @@ class StageResult:
         max_rel: ``max_abs`` divided by ``absmax``.
         absmax: largest magnitude of the reference.
         cosine: of the two arrays as vectors.
-        argmax_agreement: fraction of rows with the reference's most likely token, near ties included; logits only.
+        argmax_agreement: fraction of rows with the reference's most likely token; logits only.
+        rows_over: rows with an error over the limit.
         disagreements: rows with another most likely token, near ties left out; logits only.
-        near_tie_disagreements: rows with another most likely token where the reference has no clear winner; logits only.
+        near_tie_disagreements: rows with another most likely token where the reference has no clear winner.
         note: what else went wrong.
     """
 
@@ -40,6 +43,7 @@ class StageResult:
     cosine: float
     limit: Limit
     passed: bool
+    rows_over: int = 0
     argmax_agreement: float | None = None
     disagreements: int = 0
     near_tie_disagreements: int = 0
@@ -51,7 +55,9 @@ class StageResult:
         return self.max_rel if self.limit.relative else self.max_abs
 
 
-def compare_stage(case: str, stage: str, actual: Floats | None, expected: Floats, tolerance: Tolerance) -> StageResult:
+def compare_stage(
+    case: str, stage: str, actual: Floats | None, expected: Floats, tolerance: Tolerance
+) -> StageResult:
     """Measure one stage.
 
     Args:
@@ -65,30 +71,31 @@ def compare_stage(case: str, stage: str, actual: Floats | None, expected: Floats
     if actual is None or actual.shape != expected.shape:
         found = "nothing" if actual is None else list(actual.shape)
         return _failed(case, stage, expected, limit, f"shape {found} instead of {list(expected.shape)}")
-    sums = _Sums()
+    absmax = float(np.abs(expected).max(initial=0))
+    sums = _Sums(limit.absolute(absmax))
     for start in range(0, len(expected), _BLOCK):
         block = slice(start, start + _BLOCK)
-        sums.add(actual[block].astype(np.float64), expected[block].astype(np.float64), tolerance.tie_gap)
+        sums.add(actual[block].astype(np.float64), expected[block].astype(np.float64))
     if not math.isfinite(sums.max_abs):
         return _failed(case, stage, expected, limit, "values that are not finite")
-    max_rel = sums.max_abs / sums.absmax if sums.absmax else (math.inf if sums.max_abs else 0.0)
-    is_logits = stage in LOGIT_STAGES
+    logits = stage in LOGIT_STAGES
     rows = len(expected)
-    allowed = math.floor((1 - tolerance.agreement) * rows + 1e-9)
-    passed = (max_rel if limit.relative else sums.max_abs) <= limit.value
+    within = sums.rows_over <= (math.ceil(tolerance.outliers * rows) if logits else 0)
+    agrees = not logits or sums.disagreements <= math.ceil((1 - tolerance.agreement) * rows)
     return StageResult(
         case=case,
         stage=stage,
         rows=rows,
         max_abs=sums.max_abs,
-        max_rel=max_rel,
-        absmax=sums.absmax,
+        max_rel=sums.max_abs / absmax if absmax else (math.inf if sums.max_abs else 0.0),
+        absmax=absmax,
         cosine=sums.cosine,
         limit=limit,
-        passed=passed and (not is_logits or sums.disagreements <= allowed),
-        argmax_agreement=1 - (sums.disagreements + sums.tied) / rows if is_logits else None,
-        disagreements=sums.disagreements if is_logits else 0,
-        near_tie_disagreements=sums.tied if is_logits else 0,
+        passed=within and agrees,
+        rows_over=sums.rows_over,
+        argmax_agreement=1 - (sums.disagreements + sums.tied) / rows if logits else None,
+        disagreements=sums.disagreements if logits else 0,
+        near_tie_disagreements=sums.tied if logits else 0,
     )
 
 
@@ -104,6 +111,7 @@ def _failed(case: str, stage: str, expected: Floats, limit: Limit, note: str) ->
         cosine=0.0,
         limit=limit,
         passed=False,
+        rows_over=len(expected),
         argmax_agreement=0.0 if logits else None,
         disagreements=len(expected) if logits else 0,
         note=note,
@@ -113,21 +121,22 @@ def _failed(case: str, stage: str, expected: Floats, limit: Limit, note: str) ->
 class _Sums:
     """What has to be known of all rows, gathered block by block."""
 
-    def __init__(self) -> None:
-        self.max_abs = self.absmax = 0.0
-        self.disagreements = self.tied = 0
+    def __init__(self, limit: float) -> None:
+        self.max_abs = 0.0
+        self.rows_over = self.disagreements = self.tied = 0
+        self._limit = limit
         self._dot = self._actual = self._expected = 0.0
 
-    def add(self, actual: np.ndarray, expected: np.ndarray, tie_gap: float) -> None:
-        # np.maximum and not max(): it keeps a NaN
-        self.max_abs = float(np.maximum(self.max_abs, np.abs(actual - expected).max()))
-        self.absmax = max(self.absmax, float(np.abs(expected).max()))
+    def add(self, actual: Doubles, expected: Doubles) -> None:
+        errors = np.abs(actual - expected).max(axis=-1)
+        self.max_abs = float(np.maximum(self.max_abs, errors.max()))  # unlike max(), it keeps a NaN
+        self.rows_over += int((errors > self._limit).sum())
         self._dot += float(np.vdot(actual, expected))
         self._actual += float(np.vdot(actual, actual))
         self._expected += float(np.vdot(expected, expected))
         differs = actual.argmax(-1) != expected.argmax(-1)
-        best = np.partition(expected, -2, axis=-1)[:, -2:] if expected.shape[-1] > 1 else expected
-        close = best[:, -1] - best[:, 0] < tie_gap
+        best = np.partition(expected, -2, axis=-1)[:, -2:]
+        close = best[:, -1] - best[:, 0] < self._limit
         self.tied += int((differs & close).sum())
         self.disagreements += int((differs & ~close).sum())
 
@@ -136,4 +145,6 @@ class _Sums:
         """1 where both are all zeros."""
         if self._actual == 0 and self._expected == 0:
             return 1.0
-        return self._dot / math.sqrt(self._actual * self._expected) if self._actual and self._expected else 0.0
+        return (
+            self._dot / math.sqrt(self._actual * self._expected) if self._actual and self._expected else 0.0
+        )

@@ -1,7 +1,7 @@
 """The other side of a comparison.
 
-The two PyTorch references share no shortcut with the bundle: every row by itself, as one sequence without a cache, padding,
-chunks or turns, every picture encoded by itself. What the bundle computes in pieces has to come out the same.
+The two PyTorch references share no shortcut with the bundle: every row by itself, as one sequence without a
+cache, padding, chunks or turns. What the bundle computes in pieces has to come out the same.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ class PyTorchReference:
         import torch
 
         with torch.inference_mode():
-            encoded = [self._encode(inputs, item) for item in range(len(inputs.vision.grid_thw) if inputs.vision else 0)]
+            encoded = [
+                self._encode(inputs, item)
+                for item in range(len(inputs.vision.grid_thw) if inputs.vision else 0)
+            ]
             rows = [self._row(inputs, row, encoded) for row in inputs.rows]
         embeddings, prefill, decode = (list(column) for column in zip(*rows, strict=True))
         stages = gather(embeddings, prefill, decode)
@@ -64,9 +67,13 @@ class PyTorchReference:
 
         assert inputs.vision is not None
         arrays = inputs.vision.take([item]).graph_inputs()
-        return self._model.visual(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
+        return self._model.visual(
+            **{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        )
 
-    def _row(self, inputs: CaseInputs, row: RowInputs, encoded: list[tuple[Any, Any]]) -> tuple[Floats, Floats, Floats]:
+    def _row(
+        self, inputs: CaseInputs, row: RowInputs, encoded: list[tuple[Any, Any]]
+    ) -> tuple[Floats, Floats, Floats]:
         """Merged embeddings, prefill logits and decode logits of one row."""
         import torch
 
@@ -74,12 +81,16 @@ class PyTorchReference:
         ids = torch.from_numpy(np.concatenate([row.prompt, row.decode_ids]))[None]
         deepstack = None
         if row.all_items:
-            visual = [torch.cat(parts) for parts in zip(*(encoded[item] for item in row.all_items), strict=True)]
+            visual = [
+                torch.cat(parts) for parts in zip(*(encoded[item] for item in row.all_items), strict=True)
+            ]
             embeds, deepstack = model.merge(ids, *visual)
         else:
             embeds = model.embed_tokens(ids)
         positions = torch.from_numpy(self._positions(inputs, row))[:, None]
-        logits = model.lm_head(model.language_model(embeds, positions, input_deepstack_embeds=deepstack))[0].numpy()
+        logits = model.lm_head(model.language_model(embeds, positions, input_deepstack_embeds=deepstack))[
+            0
+        ].numpy()
         prompt = len(row.prompt)
         return embeds[0, :prompt].numpy(), logits[:prompt], logits[prompt:]
 

@@ -11,7 +11,7 @@ from typing import Any
 from deepstitch.export.compare.metrics import StageResult
 from deepstitch.export.compare.tolerance import Limit, Tolerance
 
-__all__ = ["Comparison", "failure_lines", "format_limit", "summary_line", "table_lines"]
+__all__ = ["Comparison", "failure_lines", "format_limit", "summary_line", "table_lines", "verdict"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class Comparison:
         against: ``pytorch``, ``transformers`` or ``portable``.
         results: one entry per case and stage, in the order they ran.
         skipped: why a case did not run, by its name.
-        polygraphy: verdict of Polygraphy's comparator per case; empty unless graphs were compared with graphs.
+        polygraphy: verdict of Polygraphy's comparator per case, where graphs were compared with graphs.
         seconds: of both sides together, loading included.
     """
 
@@ -54,7 +54,10 @@ class Comparison:
             **raw,
             "tolerance": dataclasses.asdict(self.tolerance),
             "results": [
-                {key: None if _unbounded(value) else value for key, value in dataclasses.asdict(result).items()}
+                {
+                    key: None if _unbounded(value) else value
+                    for key, value in dataclasses.asdict(result).items()
+                }
                 for result in self.results
             ],
             "skipped": self.skipped,
@@ -72,8 +75,15 @@ def format_limit(limit: Limit) -> str:
     return f"{limit.value:.0e} {'of max' if limit.relative else 'abs'}"
 
 
+def verdict(result: StageResult) -> str:
+    """``ok``, with the rows that are over the limit and were let pass, or ``FAILED``."""
+    if not result.passed:
+        return f"FAILED {result.note}".rstrip()
+    return f"ok ({result.rows_over} rows over)" if result.rows_over else "ok"
+
+
 def _argmax(result: StageResult) -> str:
-    """``31/32 (1 tie)``: rows that agree, and disagreements that do not count because the reference has no winner."""
+    """``31/32 (1 near tie)``: rows that agree, and others without a clear winner."""
     if result.argmax_agreement is None:
         return ""
     agree = result.rows - result.disagreements - result.near_tie_disagreements
@@ -91,8 +101,7 @@ def table_lines(comparison: Comparison) -> Iterator[str]:
         name = result.case if result.case != previous else ""
         previous = result.case
         errors = (f"{result.max_abs:.2e}", f"{result.max_rel:.2e}", f"{result.cosine:.7f}", _argmax(result))
-        verdict = "ok" if result.passed else f"FAILED {result.note}".rstrip()
-        rows.append((name, result.stage, *errors, format_limit(result.limit), verdict))
+        rows.append((name, result.stage, *errors, format_limit(result.limit), verdict(result)))
     yield from _aligned(rows)
     for name, reason in comparison.skipped.items():
         yield f"{name}: {reason}"
@@ -115,12 +124,19 @@ def summary_line(comparison: Comparison) -> str:
     rows, ties = sum(r.rows for r in logits), sum(r.near_tie_disagreements for r in logits)
     agree = rows - ties - sum(r.disagreements for r in logits)
     failed = len({result.case for result in comparison.results if not result.passed})
-    verdict = f"{failed} of {len(comparison.cases)} cases FAILED" if failed else f"{len(comparison.cases)} cases passed"
-    verdict = verdict if failed or comparison.passed else "Polygraphy's comparator FAILED"
-    tied = f" and {ties} near ties" if ties else ""
+    outcome = (
+        f"{failed} of {len(comparison.cases)} cases FAILED"
+        if failed
+        else f"{len(comparison.cases)} cases passed"
+    )
+    outcome = outcome if failed or comparison.passed else "Polygraphy's comparator FAILED"
+    over = sum(r.rows_over for r in logits)
+    let_pass = f", {over} positions over" if over else ""
+    tied = f" ({ties} others are near ties)" if ties else ""
     return (
-        f"{verdict} against {comparison.against} in {comparison.seconds:.1f} s: largest logits error {worst.max_abs:.1e} "
-        f"(limit {format_limit(worst.limit)}), same most likely token at {agree} of {rows} positions{tied}"
+        f"{outcome} against {comparison.against} in {comparison.seconds:.1f} s: largest logits error "
+        f"{worst.error:.1e} (limit {format_limit(worst.limit)}{let_pass}), "
+        f"same most likely token at {agree} of {rows} positions{tied}"
     )
 
 
@@ -131,12 +147,17 @@ def failure_lines(comparison: Comparison) -> list[str]:
         if not result.passed:
             first.setdefault(result.case, result)
     lines = [f"case {case}, stage {result.stage}: {_reason(result)}" for case, result in first.items()]
-    return lines + [f"case {case}: Polygraphy's comparator" for case, ok in comparison.polygraphy.items() if not ok and case not in first]
+    return lines + [
+        f"case {case}: Polygraphy's comparator"
+        for case, ok in comparison.polygraphy.items()
+        if not ok and case not in first
+    ]
 
 
 def _reason(result: StageResult) -> str:
     if result.note:
         return result.note
-    if result.error > result.limit.value:
-        return f"error {result.error:.1e}, allowed {format_limit(result.limit)}"
+    if result.rows_over:
+        over = f"over at {result.rows_over} of {result.rows} rows"
+        return f"error {result.error:.1e}, allowed {format_limit(result.limit)}, {over}"
     return f"another most likely token at {result.disagreements} of {result.rows} positions"

@@ -17,9 +17,9 @@ LOGIT_STAGES = (PREFILL, DECODE)
 
 Floats = npt.NDArray[np.float32]
 Stages = dict[str, Floats]
-"""Stage name to ``(n, width)``: ``vision`` and ``deepstack.0`` … over visual tokens, ``embeddings`` (after the visual rows
-are merged in) and ``logits`` over all prompt tokens, ``decode`` over the tokens fed afterwards; batch rows one after the
-other."""
+"""Stage name to ``(n, width)``: ``vision`` and ``deepstack.0`` … over visual tokens, ``embeddings`` (with the
+visual rows merged in) and ``logits`` over prompt tokens, ``decode`` over the tokens fed afterwards; rows of a
+batch one after the other."""
 
 
 def vision_stages(image_embeds: Floats, deepstack_embeds: Floats) -> Stages:
@@ -27,7 +27,10 @@ def vision_stages(image_embeds: Floats, deepstack_embeds: Floats) -> Stages:
     width = image_embeds.shape[-1]
     taps = deepstack_embeds.shape[-1] // width
     slices = np.split(deepstack_embeds, taps, axis=1) if taps else []
-    return {VISION: image_embeds, **{f"deepstack.{tap}": np.ascontiguousarray(part) for tap, part in enumerate(slices)}}
+    return {
+        VISION: image_embeds,
+        **{f"deepstack.{tap}": np.ascontiguousarray(part) for tap, part in enumerate(slices)},
+    }
 
 
 def gather(embeddings: Sequence[Floats], prefill: Sequence[Floats], decode: Sequence[Floats]) -> Stages:

@@ -48,7 +48,7 @@ class MRotaryToOrt(ir.passes.InPlacePass):
         graph.insert_before(
             source, (column, flat, as_float, angles, cos, sin, zero, one, count, numbers, shape, rows)
         )
-        for rotary in {user for output in source.outputs for user, _ in output.uses()}:
+        for rotary in dict.fromkeys(user for output in source.outputs for user, _ in output.uses()):
             rotated = ir.node(
                 "MRotaryEmbedding",
                 [rotary.inputs[0], rows.outputs[0], cos.outputs[0], sin.outputs[0]],

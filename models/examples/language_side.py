@@ -1,9 +1,9 @@
-"""The language side of a disaggregated pair: :class:`Qwen3MoeForCausalLMWithDeepStack` takes ``input_deepstack_embeds``.
+"""The language side of a disaggregated pair: ``Qwen3MoeForCausalLMWithDeepStack`` takes DeepStack as input.
 
     python -m deepstitch.models.examples.language_side
 
-The encode side holds the vision encoder and sends two tensors; the language side holds no vision weights. Both run in
-this one process here.
+The encode side holds the vision encoder and sends two tensors; the language side holds no vision weights.
+Here both run in one process.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python -m deepstitch.models.examples.text_only
 
-A Qwen3 or Qwen3-MoE checkpoint loads with ``load_model(folder)`` alone. The sample model that ships is a Qwen3-VL-MoE,
-so this example takes its language side: without DeepStack that is exactly a Qwen3-MoE, with the same parameter names.
+A Qwen3 or Qwen3-MoE checkpoint loads with ``load_model(folder)`` alone. The sample model that ships is a
+Qwen3-VL-MoE, so this example takes its language side: without DeepStack that is exactly a Qwen3-MoE, with the
+same parameter names.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def prepare(picture: str, question: str) -> tuple[list[int], dict[str, Tensor], 
     """Turn a picture of the sample and a question into what the model takes.
 
     Returns:
-        Token ids with one placeholder per visual token, the vision encoder's arguments, and the grid of patches
-        ``(time, height, width)``.
+        Token ids with one placeholder per visual token, the vision encoder's arguments, and the grid of
+        patches ``(time, height, width)``.
     """
     pixels = np.asarray(Image.open(PICTURES / picture).convert("RGB"))
     height, width, _ = pixels.shape
@@ -42,7 +42,8 @@ def prepare(picture: str, question: str) -> tuple[list[int], dict[str, Tensor], 
         "cu_seqlens": np.array([0, indices.shape[1]], np.int32),
     }
     placeholders = "<|image_pad|>" * (indices.shape[1] // 4)
-    prompt = f"<|im_start|>user\n<|vision_start|>{placeholders}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+    asked = f"<|vision_start|>{placeholders}<|vision_end|>{question}"
+    prompt = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
     ids = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")).encode(prompt).ids
     return (
         ids,

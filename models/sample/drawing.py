@@ -126,7 +126,7 @@ def compose(rng: random.Random, height: int, width: int, *, simple: bool = False
         rng: Source of every choice.
         height: Pixels, a multiple of 32.
         width: Pixels, a multiple of 32.
-        simple: One to three shapes and always a sign, for prompts with many pictures.
+        simple: One to three shapes and both signs where they fit, for prompts with many pictures.
 
     Returns:
         The picture, with at least one shape.
@@ -137,7 +137,7 @@ def compose(rng: random.Random, height: int, width: int, *, simple: bool = False
     if simple or rng.random() < 0.65:
         lengths = (1, 2, 2, 3) if columns > 2 else (1, 2)
         _place_sign(rng, picture, free, "number", rng.choice(lengths))
-    if not simple and rng.random() < 0.45:
+    if simple or rng.random() < 0.45:
         _place_sign(rng, picture, free, "letters", rng.choice((1, 2)))
     cells = sorted(free)
     wanted = rng.randint(1, 3) if simple else rng.choice((2, 3, 3, 4, 4, 5, 6))

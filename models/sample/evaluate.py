@@ -21,22 +21,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from deepstitch.models import load_model
+from deepstitch.models.build import load_model
 from deepstitch.models.sample.files import CHECKPOINT, round_to_bfloat16
-from deepstitch.models.sample.forward import run
+from deepstitch.models.sample.forward import gates, run
 from deepstitch.models.sample.generator import HELD_OUT, make_episode
 from deepstitch.models.sample.packing import Batch, pack
 from deepstitch.models.vl import Qwen3VLMoeForConditionalGeneration
 
-# Held-out episodes per kind: about 1,800 questions.
+# Held-out episodes per kind: about 1,500 questions.
 EPISODES = {
-    "one": 160,
+    "one": 150,
     "several": 60,
     "album": 16,
-    "album-long": 6,
+    "album-long": 10,
     "text": 12,
-    "recall": 16,
-    "recall-long": 8,
+    "recall": 20,
+    "recall-long": 16,
 }
 # Episodes that run as one batch.
 _BATCH = {"one": 16, "several": 10, "album": 4, "album-long": 1, "text": 12, "recall": 4, "recall-long": 1}
@@ -116,8 +116,7 @@ class _ExpertCounter:
         self.counts = torch.zeros(config.num_hidden_layers, config.num_experts)
         self.real = torch.zeros(0, dtype=torch.bool)
         self._handles = [
-            layer.mlp.gate.register_forward_hook(self._hook(index))
-            for index, layer in enumerate(model.language_model.layers)
+            gate.register_forward_hook(self._hook(index)) for index, gate in enumerate(gates(model))
         ]
 
     def _hook(self, index: int):  # type: ignore[no-untyped-def]  # noqa: ANN202
@@ -166,7 +165,8 @@ def evaluate(
         progress: Show a bar on stderr.
     """
     model.eval()
-    report, scores = Report(), defaultdict(Score)
+    report = Report()
+    scores: defaultdict[str, Score] = defaultdict(Score)
     counter = _ExpertCounter(model)
     try:
         for batch in tqdm(held_out_batches(episodes), disable=not progress, unit="batch"):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from deepstitch.models import ModelConfig, build_model
+from deepstitch.models.build import build_model
+from deepstitch.models.config import ModelConfig
 from deepstitch.models.sample.tokenizer import model_config, write_text_files
 from deepstitch.models.vl import Qwen3VLMoeForConditionalGeneration
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepstitch.models.sample.packing import PADDING, Batch, VisionGroup, patchify, vision_geometry
 from deepstitch.models.vl import Qwen3VLMoeForConditionalGeneration
@@ -23,6 +23,11 @@ class Output:
 
     logits: Tensor
     image_embeds: Tensor | None
+
+
+def gates(model: Qwen3VLMoeForConditionalGeneration) -> list[nn.Module]:
+    """Returns the routers, layer by layer."""
+    return [module for name, module in model.named_modules() if name.endswith(".mlp.gate")]
 
 
 def attention_mask(segments: np.ndarray) -> Tensor:
@@ -50,13 +55,20 @@ def encode_pictures(model: Qwen3VLMoeForConditionalGeneration, group: VisionGrou
     )
 
 
-def run(model: Qwen3VLMoeForConditionalGeneration, batch: Batch, *, use_deepstack: bool = True) -> Output:
+def run(
+    model: Qwen3VLMoeForConditionalGeneration,
+    batch: Batch,
+    *,
+    use_deepstack: bool = True,
+    shuffle: bool = False,
+) -> Output:
     """Runs vision encoder, decoder and head on a batch.
 
     Args:
         model: The model.
         batch: What to run.
         use_deepstack: False feeds zeros for the DeepStack rows, to measure what they contribute.
+        shuffle: Deal the image embeddings (not the DeepStack rows) to the wrong tokens.
     """
     ids = torch.from_numpy(batch.input_ids)
     embeds = model.embed_tokens(ids)
@@ -67,7 +79,8 @@ def run(model: Qwen3VLMoeForConditionalGeneration, batch: Batch, *, use_deepstac
         encoded = [encode_pictures(model, group) for group in batch.vision]
         image_embeds = torch.cat([embed for embed, _ in encoded])
         rows = torch.from_numpy(np.concatenate([group.rows for group in batch.vision]))
-        flat = flat.index_copy(0, rows, image_embeds)
+        placed = image_embeds[torch.randperm(len(image_embeds))] if shuffle else image_embeds
+        flat = flat.index_copy(0, rows, placed)
         if use_deepstack:
             extra = torch.cat([tap for _, tap in encoded])
             deepstack = (

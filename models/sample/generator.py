@@ -8,12 +8,13 @@ follow from `(split, kind, index)` alone, and the two splits draw from disjoint 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from deepstitch.models.sample import text_tasks
 from deepstitch.models.sample.drawing import COLOR_NAMES, Picture, Sign, Thing, compose, render
-from deepstitch.models.sample.words import NAMES, SHAPES, plural
+from deepstitch.models.sample.words import SHAPES, plural
 
 HELD_OUT = "held-out"
 TRAIN = "train"
@@ -25,11 +26,16 @@ _SEED_SPAN = 1 << 40
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class Question:
-    """One question; `text` follows the prefix directly, `task` names the table row it counts for."""
+    """One question; `text` follows the prefix directly, `task` names the table row it counts for.
+
+    `mentions` says, for training, which words of the text name a shape of the picture, and where it is:
+    (number of the word, y, x), coordinates from -1 to 1.
+    """
 
     task: str
     text: str
     answer: str
+    mentions: tuple[tuple[int, float, float], ...] = ()
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -98,7 +104,7 @@ def make_episode(
     if sizes is None:
         sizes = draw_sizes(rng, kind)
     if kind == "one":
-        return _one(rng, seed, sizes)
+        return _one(rng, split, seed, sizes)
     if kind == "several":
         return _several(rng, seed, sizes)
     return _album(rng, seed, sizes, "album-long" if kind == "album-long" else "album")
@@ -125,28 +131,21 @@ def _size(rng: random.Random, largest: int) -> tuple[int, int]:
             return height, width
 
 
-def _one(rng: random.Random, seed: int, sizes: list[tuple[int, int]]) -> Episode:
+# What is asked about a single picture: in training six of these, so that hard kinds come more often; of
+# held-out pictures each kind once.
+_ASKED_IN_TRAINING = ("color", "shape", "number", "letters", *("count", "position", "relation") * 3)
+
+
+def _one(rng: random.Random, split: str, seed: int, sizes: list[tuple[int, int]]) -> Episode:
     picture = compose(rng, *sizes[0])
-    questions = []
-    kinds = [
-        "color",
-        "shape",
-        "count",
-        "count",
-        "position",
-        "position",
-        "relation",
-        "relation",
-        "relation",
-        "number",
-        "letters",
-    ]
+    kinds = list(_ASKED_IN_TRAINING if split == TRAIN else _QUESTIONS)
     rng.shuffle(kinds)
+    questions: list[Question] = []
     for kind in kinds:
         question = _ask(rng, picture, kind, "")
         if question is not None and all(question.text != other.text for other in questions):
             questions.append(question)
-        if len(questions) == 6:
+        if split == TRAIN and len(questions) == 6:
             break
     return Episode(prefix=(picture,), questions=tuple(questions), seed=seed)
 
@@ -156,13 +155,13 @@ def _several(rng: random.Random, seed: int, sizes: list[tuple[int, int]]) -> Epi
     questions = [Question(task="pictures", text="How many pictures are there?", answer=str(len(pictures)))]
     if rng.random() < 0.7:
         questions = []
-    kinds = ["color", "shape", "count", "position", "relation", "number", "number", "letters"] * 2
+    kinds = ["color", "shape", "number", "letters"] * 2
     rng.shuffle(kinds)
     for kind in kinds[: 2 + len(pictures)]:
         index = rng.randrange(len(pictures))
         question = _ask(rng, pictures[index], kind, f" in picture {index + 1}")
         if question is not None:
-            questions.append(Question(task=f"several: {kind}", text=question.text, answer=question.answer))
+            questions.append(replace(question, task=f"several: {kind}"))
     questions += [which for _ in range(2) if (which := _which(rng, pictures)) is not None]
     prefix: list[str | Picture] = []
     numbered = rng.random() < 0.3  # what the chat template writes with add_vision_id
@@ -173,27 +172,51 @@ def _several(rng: random.Random, seed: int, sizes: list[tuple[int, int]]) -> Epi
 
 
 def _album(rng: random.Random, seed: int, sizes: list[tuple[int, int]], task: str) -> Episode:
+    """Many pictures; what is asked for occurs in exactly one of them."""
+    shape, color = rng.choice(SHAPES), rng.choice(COLOR_NAMES)
+    shapes = [other for other in SHAPES if other != shape]
+    colors = [other for other in COLOR_NAMES if other != color]
     pictures = [compose(rng, *size, simple=True) for size in sizes]
-    names = rng.sample(NAMES, len(pictures))
-    prefix: list[str | Picture] = []
-    for name, picture in zip(names, pictures, strict=True):
-        prefix += [f"From {name}:", picture]
-    questions = []
-    for index in rng.sample(range(len(pictures)), min(8, len(pictures))):
-        sign, things = pictures[index].sign("number"), pictures[index].things
-        if sign is not None and (len(things) > 1 or rng.random() < 0.6):
-            text, answer = f"What number is in the picture from {names[index]}?", sign.text
-        elif len(things) == 1:
-            text, answer = f"What color is the shape in the picture from {names[index]}?", things[0].color
-        else:
-            continue
-        questions.append(Question(task=task, text=text, answer=answer))
-    return Episode(prefix=tuple(prefix), questions=tuple(questions), seed=seed)
+    with_shape, with_color, with_number, with_letters = (rng.randrange(len(sizes)) for _ in range(4))
+    for index, picture in enumerate(pictures):
+        for thing in picture.things:
+            thing.shape, thing.color = rng.choice(shapes), rng.choice(colors)
+        kept = {"number": with_number, "letters": with_letters}
+        picture.signs = [sign for sign in picture.signs if kept[sign.kind] == index]
+    odd, plain = pictures[with_shape].things[0], pictures[with_color].things[-1]
+    odd.shape, plain.color = shape, color
+    questions = [
+        Question(task=task, text=f"What color is the {shape}?", answer=odd.color),
+        Question(task=task, text=f"What shape is {color}?", answer=plain.shape),
+    ]
+    for index, kind in ((with_number, "number"), (with_letters, "letters")):
+        question = _ask(rng, pictures[index], kind, "")
+        if question is not None:
+            questions.append(Question(task=task, text=question.text, answer=question.answer))
+    return Episode(prefix=tuple(pictures), questions=tuple(questions), seed=seed)
 
 
 def _ask(rng: random.Random, picture: Picture, kind: str, where: str) -> Question | None:
     asked = _QUESTIONS[kind](rng, picture, where)
-    return None if asked is None else Question(task=kind, text=asked[0], answer=asked[1])
+    if asked is None:
+        return None
+    return Question(task=kind, text=asked[0], answer=asked[1], mentions=_mentions(asked[0], picture))
+
+
+def _mentions(text: str, picture: Picture) -> tuple[tuple[int, float, float], ...]:
+    words = ["", *text.rstrip("?").split()]
+    found = []
+    for number, (before, word) in enumerate(pairwise(words)):
+        if word in SHAPES:
+            for thing in picture.things:
+                if thing.shape == word and before in ("the", thing.color):
+                    y, x = (
+                        (2 * thing.row + 1) * 32 / picture.height - 1,
+                        (2 * thing.column + 1) * 32 / picture.width - 1,
+                    )
+                    found.append((number, y, x))
+                    break
+    return tuple(found)
 
 
 def _reference(rng: random.Random, picture: Picture, thing: Thing) -> str | None:
@@ -265,19 +288,10 @@ def _relation(rng: random.Random, picture: Picture, where: str) -> tuple[str, st
     if len(named) < 2:
         return None
     (first, one), (second, two) = named[:2]
-    axes = [axis for axis in ("column", "row") if getattr(one, axis) != getattr(two, axis)]
-    axis = rng.choice(axes)
-    low, high = ("left of", "right of") if axis == "column" else ("above", "below")
-    before = getattr(one, axis) < getattr(two, axis)
-    if rng.random() < 0.5:
-        either = "left or right of" if axis == "column" else "above or below"
-        answer = (low if before else high).split()[0]
-        return f"Is the {first} {either} the {second}{where}?", answer
-    asked_low = rng.random() < 0.5
-    return (
-        f"Is the {first} {low if asked_low else high} the {second}{where}?",
-        "yes" if before == asked_low else "no",
-    )
+    rows, columns = one.row - two.row, one.column - two.column
+    if abs(columns) > abs(rows) or (abs(columns) == abs(rows) and rng.random() < 0.5):
+        return f"Is the {first} left or right of the {second}{where}?", "left" if columns < 0 else "right"
+    return f"Is the {first} above or below the {second}{where}?", "above" if rows < 0 else "below"
 
 
 def _number(rng: random.Random, picture: Picture, where: str) -> tuple[str, str] | None:

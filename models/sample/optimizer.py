@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _block_shape(parameter: nn.Parameter) -> tuple[int, int]:
-    """Returns the shape of the matrices to orthogonalize; large ones are cut into row blocks, to save time."""
+    """Returns the shape of the matrices to orthogonalize; large ones are cut into row blocks."""
     rows, columns = (
         (parameter.shape[0], parameter[0].numel()) if parameter.dim() != 3 else parameter.shape[1:]
     )

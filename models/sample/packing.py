@@ -52,6 +52,8 @@ class Batch:
         targets: int64 (A,).
         questions: int64 (A,): index into `tasks` of the question a target belongs to.
         tasks: task name of every question.
+        mention_rows: int64 (M,): flattened positions of question tokens that name a shape.
+        mention_places: float32 (M, 2): where that shape is, y and x from -1 to 1.
     """
 
     input_ids: np.ndarray
@@ -62,6 +64,8 @@ class Batch:
     targets: np.ndarray
     questions: np.ndarray
     tasks: list[str]
+    mention_rows: np.ndarray
+    mention_places: np.ndarray
 
 
 @lru_cache(maxsize=65536)
@@ -87,6 +91,7 @@ class _Row:
     pictures: list[tuple[int, Picture]]  # (offset of its first image token, picture)
     answers: list[tuple[int, int, int]]  # (position that predicts, target, question)
     tasks: list[str]
+    mentions: list[tuple[int, float, float]]
 
 
 def _text_positions(start: int, length: int) -> np.ndarray:
@@ -101,7 +106,7 @@ def _image_positions(start: int, rows: int, columns: int) -> np.ndarray:
 def _pack(episode: Episode, first_question: int) -> _Row:
     frame = _frame()
     start, pad, stop = (special_id(f"<|{name}|>") for name in ("vision_start", "image_pad", "vision_end"))
-    row = _Row(ids=[], positions=[], segments=[], pictures=[], answers=[], tasks=[])
+    row = _Row(ids=[], positions=[], segments=[], pictures=[], answers=[], tasks=[], mentions=[])
     position = 0
 
     def text(ids: Sequence[int], at: int) -> int:
@@ -124,6 +129,7 @@ def _pack(episode: Episode, first_question: int) -> _Row:
     for number, question in enumerate(episode.questions):
         asked = encode(question.text) + frame["turn"]
         answer = encode(question.answer) + frame["end"]
+        row.mentions += [(len(row.ids) + word, y, x) for word, y, x in question.mentions]  # a word is a token
         predicts = len(row.ids) + len(asked) - 1
         row.answers += [(predicts + i, token, first_question + number) for i, token in enumerate(answer)]
         row.segments += [number + 1] * (len(asked) + len(answer) - 1)
@@ -155,6 +161,10 @@ def pack(episodes: Sequence[Episode]) -> Batch:
         ],
         dtype=np.int64,
     ).reshape(-1, 3)
+    mentions = np.asarray(
+        [(index * length + at, y, x) for index, row in enumerate(rows) for at, y, x in row.mentions],
+        dtype=np.float64,
+    ).reshape(-1, 3)
     return Batch(
         input_ids=ids,
         position_ids=positions,
@@ -164,6 +174,8 @@ def pack(episodes: Sequence[Episode]) -> Batch:
         targets=answers[:, 1],
         questions=answers[:, 2],
         tasks=tasks,
+        mention_rows=mentions[:, 0].astype(np.int64),
+        mention_places=mentions[:, 1:].astype(np.float32),
     )
 
 

@@ -9,7 +9,7 @@ from deepstitch.models.sample.words import ADJECTIVES, COLORS, NAMES, NOUNS, OPP
 Asked = tuple[str, str, str]  # task, question text, answer
 
 
-FILLERS = (0, 0, 0, 2, 6, 15, 40)
+FILLERS = (0, 0, 0, 0, 1, 2, 4, 8, 15, 40)
 
 
 def make(rng: random.Random, kind: str, fillers: int | None = None) -> tuple[str, list[Asked]]:
@@ -23,10 +23,8 @@ def make(rng: random.Random, kind: str, fillers: int | None = None) -> tuple[str
     if kind == "text":
         return "", [rng.choice((_successor, _sum, _opposite, _copy))(rng) for _ in range(8)]
     if kind == "recall":
-        fillers = rng.choice(FILLERS) if fillers is None else fillers
-        facts = rng.randint(2, 4) if fillers == 0 and rng.random() < 0.7 else rng.randint(2, 12)
-        return _recall(rng, "recall", facts=facts, fillers=fillers)
-    return _recall(rng, "recall-long", facts=rng.randint(8, 16), fillers=rng.randint(230, 420))
+        return _recall(rng, "recall", rng.choice(FILLERS) if fillers is None else fillers)
+    return _recall(rng, "recall-long", rng.randint(230, 420))
 
 
 def _successor(rng: random.Random) -> Asked:
@@ -58,20 +56,16 @@ def filler(rng: random.Random) -> str:
     return f"{subject} {rng.choice(VERBS)} {ending}."
 
 
-def _recall(rng: random.Random, task: str, *, facts: int, fillers: int) -> tuple[str, list[Asked]]:
-    names = rng.sample(NAMES, facts)
-    values = [_value(rng) for _ in names]
+def _recall(rng: random.Random, task: str, fillers: int) -> tuple[str, list[Asked]]:
+    name, number = rng.choice(NAMES), str(rng.randint(10, 99))
+    color, noun = rng.choice(tuple(COLORS)), rng.choice(NOUNS)
     sentences = [filler(rng) for _ in range(fillers)]
-    for name, value in zip(names, values, strict=True):
-        sentences.insert(rng.randint(0, len(sentences)), f"{name} has {value}.")
-    asked = rng.sample(range(facts), min(8, facts))
+    for fact in (f"The number is {number}.", f"The color is {color}.", f"{name} has the {noun}."):
+        sentences.insert(rng.randint(0, len(sentences)), fact)
     # Every sentence but the first follows a space; the questions follow one too.
-    questions = [(task, f" What does {names[i]} have?", values[i]) for i in asked]
-    return "Facts: " + " ".join(sentences), questions
-
-
-def _value(rng: random.Random) -> str:
-    choice = rng.random()
-    if choice < 0.5:
-        return str(rng.randint(10, 99))
-    return rng.choice(tuple(COLORS)) if choice < 0.75 else rng.choice(NOUNS)
+    asked = (
+        (" What is the number?", number),
+        (" What is the color?", color),
+        (f" What does {name} have?", noun),
+    )
+    return "Facts: " + " ".join(sentences), [(task, text, answer) for text, answer in asked]

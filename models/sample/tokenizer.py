@@ -93,7 +93,7 @@ def build_tokenizer() -> Tokenizer:
 
 def special_id(token: str) -> int:
     """Returns the id of one of `SPECIAL_TOKENS`."""
-    return int(build_tokenizer().token_to_id(token))
+    return int(build_tokenizer().encode(token).ids[0])
 
 
 def write_text_files(folder: Path) -> None:

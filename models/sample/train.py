@@ -26,7 +26,7 @@ from tqdm import tqdm
 from deepstitch.models.sample import fast_ops
 from deepstitch.models.sample.drawing import NUM_COLOR_LABELS, NUM_FORM_LABELS
 from deepstitch.models.sample.files import new_model, save_state, write_checkpoint
-from deepstitch.models.sample.forward import run
+from deepstitch.models.sample.forward import gates, run
 from deepstitch.models.sample.optimizer import build_optimizers
 from deepstitch.models.sample.packing import Batch
 from deepstitch.models.sample.schedule import MemoryPlan, batch_bytes, training_step
@@ -34,6 +34,10 @@ from deepstitch.models.sample.team import Team
 from deepstitch.models.vl import Qwen3VLMoeForConditionalGeneration
 
 ROUTER_LOSS = 0.01
+MIDDLE_LAYER = 3
+# In this share of micro-batches the image embeddings stand at wrong tokens and only the DeepStack rows tell the
+# truth; otherwise the model would learn to do without them.
+SHUFFLED_SHARE = 0.5
 MUON_RATE, ADAM_RATE = 3e-3, 1.5e-3
 
 
@@ -43,8 +47,8 @@ class Router:
     def __init__(self, model: Qwen3VLMoeForConditionalGeneration) -> None:
         self.top_k = model.config.text.num_experts_per_tok
         self.logits: list[Tensor] = []
-        for layer in model.language_model.layers:
-            layer.mlp.gate.register_forward_hook(self._collect)
+        for gate in gates(model):
+            gate.register_forward_hook(self._collect)
 
     def _collect(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self.logits.append(output.flatten(0, -2))
@@ -74,6 +78,7 @@ class PatchProbe(nn.Module):
         self.forms = nn.Linear(width, 4 * NUM_FORM_LABELS)
         self.colors = nn.Linear(width, 4 * NUM_COLOR_LABELS)
         self.places = nn.Linear(width, 2)
+        self.mentions = nn.Linear(width, 2)
 
     def loss(self, embeds: Tensor, batch: Batch) -> Tensor:
         """Returns cross-entropy over forms and colours plus squared error of places; `embeds` (T, H)."""
@@ -86,6 +91,17 @@ class PatchProbe(nn.Module):
             shown = labels > 0  # background is common and easy
             total = total + losses[shown].mean() + 0.3 * losses[~shown].mean()
         return total
+
+    def mention_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Returns the squared error of where a named shape is, read at its name in the question.
+
+        Args:
+            hidden: (B, S, H), from the middle of the decoder.
+            batch: What was run.
+        """
+        named = hidden.flatten(0, 1)[torch.from_numpy(batch.mention_rows)]
+        predicted = self.mentions(F.layer_norm(named, named.shape[-1:]))
+        return F.mse_loss(predicted, torch.from_numpy(batch.mention_places))
 
 
 def _token_places(shape: tuple[int, ...]) -> Tensor:
@@ -135,13 +151,18 @@ def keep_memory() -> None:
 
 
 def learning_rate(progress: float) -> float:
-    """Returns the factor on the learning rates: constant, then linear decay over the last 40 %."""
-    return min(1.0, max(0.01, (1.0 - progress) / 0.4))
+    """Returns the factor on the learning rates: constant, then linear decay over the last 32 %."""
+    return min(1.0, max(0.01, (1.0 - progress) / 0.32))
 
 
 def probe_weight(progress: float) -> float:
     """Returns the weight of the throwaway head's loss: gone at half of the run."""
     return 0.3 * max(0.0, 1.0 - progress / 0.5)
+
+
+def mention_weight(progress: float) -> float:
+    """Returns the weight of the loss on named shapes, which fades towards the end of the run."""
+    return 2.0 * (1.0 - progress)
 
 
 class Trainer:
@@ -157,6 +178,10 @@ class Trainer:
         initialize(self.model)
         self.probe = PatchProbe(self.model.config.text.hidden_size)
         self.team = Team([*self.model.parameters(), *self.probe.parameters()], processes, num_counters=2)
+        self.middle: list[Tensor] = []
+        self.model.language_model.layers[MIDDLE_LAYER].register_forward_hook(
+            lambda module, inputs, output: self.middle.append(output)
+        )
         self.router, self.checkpointing = Router(self.model), Checkpointing(self.model)
         self.step, self.pictures, self.questions = 0, 0, 0
         self.clock = torch.zeros(1, dtype=torch.float64).share_memory_()  # elapsed seconds, written by rank 0
@@ -199,13 +224,17 @@ class Trainer:
             self.checkpointing.active = (
                 self.always_checkpoint or batch_bytes(batch) > 1.5 * self.plan.limit_bytes
             )
-            output = run(self.model, batch)
+            output = run(self.model, batch, shuffle=torch.rand(1).item() < SHUFFLED_SHARE)
             wanted = torch.from_numpy(batch.targets)
             answer = F.cross_entropy(output.logits, wanted, reduction="sum") / targets
             loss = answer + ROUTER_LOSS * self.router.loss() / len(batches) / self.team.size
             weight = probe_weight(progress) * count / max(1.0, all_rows)
             if output.image_embeds is not None and weight > 0:
                 loss = loss + weight * self.probe.loss(output.image_embeds, batch)
+            middle = self.middle.pop()
+            if len(batch.mention_rows):
+                share = mention_weight(progress) / len(batches) / self.team.size
+                loss = loss + share * self.probe.mention_loss(middle, batch)
             loss.backward()
             self.router.logits = []  # recomputed layers collect again
             total += answer.item() * targets / own

@@ -12,9 +12,9 @@ import jinja2
 import jinja2.exceptions
 import jinja2.ext
 import jinja2.sandbox
-from deepstitch.runtime.preprocess.settings import read_json
 
 from deepstitch.errors import BundleError, InputError
+from deepstitch.runtime.preprocess.settings import read_json
 
 __all__ = ["ChatTemplate"]
 

@@ -8,6 +8,9 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
+
+from deepstitch.manifest import VisionFacts
 from deepstitch.runtime.preprocess.batch import VisionBatch
 from deepstitch.runtime.preprocess.images import ImageSource, load_image
 from deepstitch.runtime.preprocess.patches import PatchShape, normalisation_table, write_patches
@@ -15,9 +18,6 @@ from deepstitch.runtime.preprocess.resize import clip_size, image_size
 from deepstitch.runtime.preprocess.settings import ImageSettings, VideoSettings
 from deepstitch.runtime.preprocess.video import VideoSource, frame_indices, open_clip, timestamps
 from deepstitch.runtime.preprocess.vision_inputs import vision_inputs
-from PIL import Image
-
-from deepstitch.manifest import VisionFacts
 
 __all__ = ["ClipItem", "ImageItem", "VisualItem", "pack"]
 

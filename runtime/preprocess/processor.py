@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from deepstitch.errors import BundleError, InputError
+from deepstitch.manifest import ModelFacts, VisionFacts
 from deepstitch.runtime.preprocess.batch import Prompt
 from deepstitch.runtime.preprocess.chat import ChatTemplate
 from deepstitch.runtime.preprocess.images import ImageSource
@@ -18,9 +21,6 @@ from deepstitch.runtime.preprocess.positions import MRopeState
 from deepstitch.runtime.preprocess.settings import ImageSettings, VideoSettings
 from deepstitch.runtime.preprocess.tokenizer import DecodeStream, Tokenizer
 from deepstitch.runtime.preprocess.video import VideoSource
-
-from deepstitch.errors import BundleError, InputError
-from deepstitch.manifest import ModelFacts, VisionFacts
 
 __all__ = ["Processor"]
 

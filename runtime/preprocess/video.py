@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from deepstitch.runtime.preprocess.images import ImageSource, array_to_uint8, describe, load_image
-from deepstitch.runtime.preprocess.settings import VideoSettings
 from PIL import Image
 
 from deepstitch.errors import InputError
+from deepstitch.runtime.preprocess.images import ImageSource, array_to_uint8, describe, load_image
+from deepstitch.runtime.preprocess.settings import VideoSettings
 
 __all__ = ["Clip", "FrameSource", "VideoSource", "frame_indices", "open_clip", "timestamps"]
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepstitch.runtime.preprocess.images import MAX_IMAGE_PIXELS
 from PIL import Image
 
 from deepstitch.errors import InputError, MissingDependency
+from deepstitch.runtime.preprocess.images import MAX_IMAGE_PIXELS
 
 __all__ = ["FileFrames"]
 

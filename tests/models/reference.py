@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from deepstitch.export.facts import vision_facts
 from deepstitch.models import ModelConfig
 from deepstitch.models.vl import Qwen3VLMoeForConditionalGeneration, vision_tensors
 from deepstitch.runtime.preprocess.vision_inputs import vision_inputs
-from torch import Tensor, nn
 
 HF_CLASSES = {
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",

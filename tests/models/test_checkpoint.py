@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
+
 from deepstitch.errors import CheckpointError, DeepstitchError
 from deepstitch.models import ModelConfig, build_model, load_model
 from deepstitch.models.checkpoint import Checkpoint
-from safetensors.numpy import load_file, save_file
 
 from ..damage import CONFIG_DAMAGES, DAMAGES, SINGLE, damaged, edit_tensors, set_config
 
@@ -194,7 +195,7 @@ def test_opening_reads_no_weights(tiny_checkpoint: Make) -> None:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such folder; .* download the checkpoint first"):
+    with pytest.raises(CheckpointError, match=r"no such folder; .* download the checkpoint first"):
         load_model(tmp_path / "nothing")
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+
 from deepstitch.models import load_model
 from deepstitch.models.examples import language_side, text_only, vision_language
-from tokenizers import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from deepstitch.models import load_model
 
 from .reference import (

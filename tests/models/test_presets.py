@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from deepstitch.errors import ConfigError
 from deepstitch.export.contract import decoder_contract, vision_contract
 from deepstitch.export.trace import trace_decoder, trace_vision_encoder

@@ -6,6 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from deepstitch.models import ops
 from deepstitch.models.sample import fast_ops
 from deepstitch.models.sample.demo import PICTURES
@@ -17,7 +19,6 @@ from deepstitch.models.sample.packing import pack
 from deepstitch.models.sample.schedule import MemoryPlan, batch_bytes, micro_batch, shares
 from deepstitch.models.sample.tokenizer import build_tokenizer, model_config
 from deepstitch.models.sample.words import vocabulary
-from PIL import Image
 
 torch.set_num_threads(1)
 

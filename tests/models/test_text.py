@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from deepstitch.models import load_model, ops, text
 from deepstitch.models.build import build_model
 from deepstitch.models.vl import Qwen3VLMoeForConditionalGeneration
-from torch import Tensor, nn
 
 from .reference import image, make_inputs, packed_vision_inputs, video
 

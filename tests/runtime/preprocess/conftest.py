@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deepstitch.models.sample.tokenizer import special_id, write_text_files
-from deepstitch.runtime.preprocess import Processor
 
 from deepstitch.manifest import ModelFacts, VisionFacts
+from deepstitch.models.sample.tokenizer import special_id, write_text_files
+from deepstitch.runtime.preprocess import Processor
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ import zlib
 
 import numpy as np
 import pytest
-from deepstitch.runtime.preprocess import images, load_image
 from PIL import Image
 
 from deepstitch.errors import InputError
+from deepstitch.runtime.preprocess import images, load_image
 
 GRADIENT = np.stack(np.broadcast_arrays(np.arange(60)[:, None] * 4, np.arange(80) * 3, 77), -1).astype(
     np.uint8

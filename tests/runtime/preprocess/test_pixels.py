@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from deepstitch.runtime.preprocess import Processor
-from deepstitch.runtime.preprocess.resize import clip_size, image_size
 from PIL import Image
 
 from deepstitch.errors import BundleError, DeepstitchError, InputError
+from deepstitch.runtime.preprocess import Processor
+from deepstitch.runtime.preprocess.resize import clip_size, image_size
 
 
 def noise(height, width, mode="RGB", seed=0):

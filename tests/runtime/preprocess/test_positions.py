@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from deepstitch.runtime.preprocess import MRopeState, mrope_position_ids
 
 from deepstitch.errors import InputError
+from deepstitch.runtime.preprocess import MRopeState, mrope_position_ids
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 OPTIONS = {"visual_token_ids": (IMAGE, VIDEO), "merge_size": 2}

@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from deepstitch.runtime.preprocess import Clip, Processor, mrope_position_ids
 from PIL import Image
 
 from deepstitch.errors import BundleError, DeepstitchError, InputError
+from deepstitch.runtime.preprocess import Clip, Processor, mrope_position_ids
 
 RED, BLUE = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (128, 64), "blue")
 CLIP = Clip(frames=np.zeros((4, 64, 64, 3), np.uint8), do_sample=False)

@@ -6,11 +6,11 @@ import json
 import random
 
 import pytest
+
+from deepstitch.errors import BundleError, DeepstitchError, InputError
 from deepstitch.runtime.preprocess import Processor, Tokenizer
 from deepstitch.runtime.preprocess.chat import ChatTemplate
 from deepstitch.runtime.preprocess.messages import split_media
-
-from deepstitch.errors import BundleError, DeepstitchError, InputError
 
 CONVERSATIONS = {
     "one turn": [{"role": "user", "content": "what colour?"}],

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from deepstitch.runtime.preprocess import Clip, Processor
-from deepstitch.runtime.preprocess.settings import VideoSettings
-from deepstitch.runtime.preprocess.video import frame_indices, timestamps
 from PIL import Image
 
 from deepstitch.errors import InputError, MissingDependency
+from deepstitch.runtime.preprocess import Clip, Processor
+from deepstitch.runtime.preprocess.settings import VideoSettings
+from deepstitch.runtime.preprocess.video import frame_indices, timestamps
 
 
 def frames(count, height=70, width=100, seed=0):

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from deepstitch.runtime.preprocess import VisionBatch, vision_inputs
 
 GRIDS = {
