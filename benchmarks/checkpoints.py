@@ -18,7 +18,12 @@ from deepstitch.tensorfile import DTYPE_BYTES
 __all__ = ["SHAPES", "shape_config", "write_random_checkpoint", "write_sparse_checkpoint"]
 
 _SHARD_BYTES = 5_000_000_000
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+)
 
 
 def _vl_moe(vision: dict[str, Any], **text: Any) -> dict[str, Any]:
@@ -27,7 +32,12 @@ def _vl_moe(vision: dict[str, Any], **text: Any) -> dict[str, Any]:
     head_dim = text["head_dim"]
     section = [24, 20, 20] if head_dim == 128 else sample["text_config"]["rope_parameters"]["mrope_section"]
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": section, "mrope_interleaved": True}
-    common = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 262144, "rope_parameters": rope}
+    common = {
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 262144,
+        "rope_parameters": rope,
+    }
     vision = {"in_channels": 3, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision}
     return {
         "model_type": "qwen3_vl_moe",

@@ -1,4 +1,4 @@
-"""What every benchmark needs: the machine in words, medians, JSON, and a child process whose peak memory is measured."""
+"""What every benchmark needs: the machine in words, medians, JSON, a child process whose peak memory is measured."""
 
 from __future__ import annotations
 

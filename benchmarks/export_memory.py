@@ -1,9 +1,11 @@
 """Peak memory and time of an export at the published sizes, with weights as sparse files.
 
-    python -m benchmarks.export_memory --shape 30b-a3b --mode reference --output benchmarks/results/export_memory_30b.json
+    python -m benchmarks.export_memory --shape 30b-a3b --mode reference --output
+    benchmarks/results/export_memory_30b.json
 
-``reference`` leaves the matrices in the checkpoint's files; ``copy`` streams all of them into the bundle (61 GB of disk for
-30B-A3B at fp16; ``--layers`` shortens the decoder, and the peak does not depend on its length).
+``reference`` leaves the matrices in the checkpoint's files; ``copy`` streams all of them into the bundle (61
+GB of disk for 30B-A3B at fp16; ``--layers`` shortens the decoder, and the peak does not depend on its
+length).
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""From a picture and a question to the answer: deepstitch against transformers, same weights, same run, interleaved.
+"""From a picture and a question to the answer: deepstitch against transformers, same weights, same run,
+interleaved.
 
     python -m benchmarks.latency --shape sample --output benchmarks/results/latency_sample.json
 
-Per runtime: load, time to first token (picture preprocessing, vision encoder, prefill) and decode tokens per second, as
-median, minimum and maximum over ``--rounds``; ratios are transformers / deepstitch for times, deepstitch / transformers
-for rates. Both run in fp32 with the same number of threads.
+Per runtime: load, time to first token (picture preprocessing, vision encoder, prefill) and decode tokens per
+second, as median, minimum and maximum over ``--rounds``; ratios are transformers / deepstitch for times,
+deepstitch / transformers for rates. Both run in fp32 with the same number of threads.
 """
 
 from __future__ import annotations

@@ -13,12 +13,14 @@ import time
 
 import click
 import torch
+
 from deepstitch.models.sample.evaluate import evaluate, load_sample
 
 
 @click.command(help=__doc__)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def main(as_json: bool) -> None:
+    """Evaluate the shipped checkpoint and hold the model card's promises against it."""
     start = time.perf_counter()
     report = evaluate(load_sample(), progress=not as_json)
     seconds = time.perf_counter() - start
@@ -35,9 +37,7 @@ def main(as_json: bool) -> None:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }
-        click.echo(
-            json.dumps(json.loads(report.to_json()) | machine | {"seconds": seconds, "promises": promises})
-        )
+        click.echo(json.dumps(json.loads(report.to_json()) | machine | {"seconds": seconds, "promises": promises}))
     else:
         click.echo(report.tables())
         size = f"longest prefix {report.longest_prompt} tokens"

@@ -1,6 +1,7 @@
 """deepstitch: Qwen3-VL and Qwen3-VL-MoE as ONNX graphs with DeepStack as explicit inputs.
 
-``deepstitch.load(bundle_dir)`` opens an exported bundle and returns a :class:`deepstitch.runtime.pipeline.Pipeline`.
+``deepstitch.load(bundle_dir)`` opens an exported bundle and returns a
+:class:`deepstitch.runtime.pipeline.Pipeline`.
 """
 
 from __future__ import annotations

@@ -103,9 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             err=True,
         )
         return EXIT_BUG
-    return (
-        outcome if isinstance(outcome, int) else 0
-    )  # click hands the code of ctx.exit() back as the outcome
+    return outcome if isinstance(outcome, int) else 0  # click hands the code of ctx.exit() back as the outcome
 
 
 if __name__ == "__main__":

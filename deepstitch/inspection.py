@@ -253,9 +253,7 @@ def _moe_layers(config: ModelConfig) -> int:
 def _decoder_shape(config: ModelConfig) -> DecoderShape:
     text = config.text
     widths = [
-        text.num_experts_per_tok * text.moe_intermediate_size
-        if text.is_moe_layer(index)
-        else text.intermediate_size
+        text.num_experts_per_tok * text.moe_intermediate_size if text.is_moe_layer(index) else text.intermediate_size
         for index in range(text.num_hidden_layers)
     ]
     return DecoderShape(
@@ -293,9 +291,7 @@ def _file_status(folder: Path, manifest: Manifest, name: str) -> FileStatus:
 
     record = manifest.files[name]
     try:
-        verify_files(
-            folder, dataclasses.replace(manifest, files={name: record}), verify_level(None), progress=True
-        )
+        verify_files(folder, dataclasses.replace(manifest, files={name: record}), verify_level(None), progress=True)
         status = "ok"
     except BundleError as error:
         status = str(error)
@@ -316,14 +312,8 @@ def _stored_tensors(folder: Path, files: Iterable[FileStatus]) -> list[TensorEnt
 
 def _cache_dtype(manifest: Manifest) -> str:
     decoder = manifest.graphs.get("decoder")
-    dtypes = (
-        {spec.dtype for spec in decoder.inputs if spec.name.startswith("past_key_values.")}
-        if decoder
-        else set()
-    )
+    dtypes = {spec.dtype for spec in decoder.inputs if spec.name.startswith("past_key_values.")} if decoder else set()
     dtype = next(iter(dtypes), "float32")
     if dtype not in CACHE_BYTES:
-        raise BundleError(
-            f"{MANIFEST_NAME}: the KV cache is {dtype}, this deepstitch knows {', '.join(CACHE_BYTES)}"
-        )
+        raise BundleError(f"{MANIFEST_NAME}: the KV cache is {dtype}, this deepstitch knows {', '.join(CACHE_BYTES)}")
     return dtype

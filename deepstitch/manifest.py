@@ -75,8 +75,8 @@ class ModelFacts:
         num_deepstack: DeepStack slices per visual row; 0 for a text-only model.
         eos_token_ids: from generation_config.json; generation stops at any of them.
         kv_cache_in_place: present tensors may be bound to the memory of the past tensors.
-        batched_continuation: one call may add several tokens to several non-empty rows; where false, the runtime goes
-            row by row.
+        batched_continuation: one call may add several tokens to several non-empty rows; where false, the
+            runtime goes row by row.
         mrope_section: rotary pairs per axis (t, h, w).
     """
 
@@ -163,7 +163,7 @@ class Manifest:
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if version != FORMAT_VERSION:
             raise BundleError(
-                f"{where}: format_version is {version!r}, this deepstitch reads {FORMAT_VERSION}; export the bundle again"
+                f"{where}: format_version is {version!r}, this deepstitch reads {FORMAT_VERSION}; export again"
             )
         return _parse(cls, raw, where)
 
@@ -178,7 +178,11 @@ class Manifest:
         try:
             return cls.from_json(path.read_text("utf-8"), str(path))
         except FileNotFoundError:
-            hint = "; it looks like a checkpoint: run 'deepstitch export' first" if (Path(folder) / "config.json").is_file() else ""
+            hint = (
+                "; it looks like a checkpoint: run 'deepstitch export' first"
+                if (Path(folder) / "config.json").is_file()
+                else ""
+            )
             raise BundleError(f"{folder}: not a bundle (no {MANIFEST_NAME}){hint}") from None
         except (NotADirectoryError, UnicodeDecodeError) as error:
             raise BundleError(f"{path}: cannot be read ({error})") from None
@@ -199,9 +203,13 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         _expect(list, value, where)
         element = arguments[0] if arguments[-1] is Ellipsis else None
         if element is None and len(value) != len(arguments):
-            raise BundleError(f"{where}: expected {len(arguments)} entries, found {len(value)}; the manifest was edited")
+            raise BundleError(
+                f"{where}: expected {len(arguments)} entries, found {len(value)}; the manifest was edited"
+            )
         kinds = [element] * len(value) if element is not None else arguments
-        return tuple(_parse(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(zip(kinds, value, strict=True)))
+        return tuple(
+            _parse(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(zip(kinds, value, strict=True))
+        )
     if origin is dict:
         _expect(dict, value, where)
         return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
@@ -221,7 +229,9 @@ def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     for key in value:
         if key not in hints:
-            raise BundleError(f"{where}: unknown entry '{key}'{did_you_mean(key, hints)}; the manifest was edited, export again")
+            raise BundleError(
+                f"{where}: unknown entry '{key}'{did_you_mean(key, hints)}; the manifest was edited, export again"
+            )
     required = {
         f.name
         for f in dataclasses.fields(kind)

@@ -45,9 +45,7 @@ class DecoderShape:
 
     def kv_bytes_per_token(self, cache_dtype: str) -> int:
         """Bytes one token of one row takes in the cache: keys and values of every layer."""
-        return (
-            2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * CACHE_BYTES[cache_dtype]
-        )
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * CACHE_BYTES[cache_dtype]
 
     def activation_bytes(self, workload: Workload) -> int:
         """Estimate of the largest set of intermediate tensors of one decoder call, in float32.

@@ -1,8 +1,8 @@
 """Safetensors files by byte range: read one tensor, or one expert of it, without reading the rest.
 
-The format (safetensors 0.x README): 8 bytes little-endian header length, a JSON header that gives every tensor's dtype,
-shape and byte range, then the data with no gaps. The ``safetensors`` package hands out whole tensors only and hides the
-offsets, and the exporter needs both slices and offsets.
+The format (safetensors 0.x README): 8 bytes little-endian header length, a JSON header that gives every
+tensor's dtype, shape and byte range, then the data with no gaps. The ``safetensors`` package hands out whole
+tensors only and hides the offsets, and the exporter needs both slices and offsets.
 """
 
 from __future__ import annotations
@@ -27,7 +27,18 @@ DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
 )
 # numpy has no bfloat16; its bits travel as uint16
 _NUMPY: Mapping[str, str] = MappingProxyType(
-    {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
+    {
+        "F64": "<f8",
+        "F32": "<f4",
+        "F16": "<f2",
+        "BF16": "<u2",
+        "I64": "<i8",
+        "I32": "<i4",
+        "I16": "<i2",
+        "I8": "i1",
+        "U8": "u1",
+        "BOOL": "?",
+    }
 )
 _MAX_HEADER_BYTES = 100_000_000  # the limit the safetensors package itself sets
 
@@ -148,7 +159,9 @@ def _check_ranges(path: Path, entries: dict[str, TensorEntry], data_start: int, 
     position = data_start
     for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset != position:
-            raise CheckpointError(f"{path}: tensor '{entry.name}' overlaps another one or leaves a gap; the file is damaged")
+            raise CheckpointError(
+                f"{path}: tensor '{entry.name}' overlaps another one or leaves a gap; the file is damaged"
+            )
         position += entry.nbytes
     if position != file_size:
         what = "truncated" if position > file_size else "longer than its header says"

@@ -1,7 +1,8 @@
-"""Names, shapes and dtypes of the graphs: declared here once, written to the manifest, checked when a bundle is opened.
+"""Names, shapes and dtypes of the graphs: declared here once, written to the manifest, checked when a bundle
+is opened.
 
-Axis names: P patches, T = P / merge_size**2 visual tokens, N segments, B batch rows, S new tokens per row, R DeepStack
-rows, L logit rows per batch row, C cache capacity.
+Axis names: P patches, T = P / merge_size**2 visual tokens, N segments, B batch rows, S new tokens per row, R
+DeepStack rows, L logit rows per batch row, C cache capacity.
 """
 
 from __future__ import annotations

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shlex
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -137,8 +134,8 @@ def _refuse_other_layouts(sources: Mapping[str, WeightSource]) -> None:
     for name, source in sources.items():
         if source.in_place is None:
             raise CheckpointError(
-                f"--by-reference: '{name}' is stored in another layout than the graph reads (experts saved by transformers "
-                "5 or one by one); leave the flag out to write a copy"
+                f"--by-reference: '{name}' is stored in another layout than the graph reads (experts saved by "
+                "transformers 5 or one by one); leave the flag out to write a copy"
             )
 
 
@@ -203,7 +200,15 @@ def _versions() -> dict[str, str]:
 
 def _command(config: ExportConfig) -> str:
     """The equivalent command line; folders by name only, because a bundle travels."""
-    words = ["deepstitch", "export", config.checkpoint.name, "--target", config.target, "-o", config.output.name]
+    words = [
+        "deepstitch",
+        "export",
+        config.checkpoint.name,
+        "--target",
+        config.target,
+        "-o",
+        config.output.name,
+    ]
     words += ["--weights", config.weights] if not config.by_reference else ["--by-reference"]
     words += ["--expert-layout", config.expert_layout] if config.expert_layout else []
     return shlex.join(words)

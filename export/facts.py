@@ -43,7 +43,9 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
             if not ids or any(type(token) is not int for token in ids):
                 raise CheckpointError(f"{path}: eos_token_id is {found!r}, expected a token id or a list of them")
             return tuple(ids)
-    raise CheckpointError(f"{folder}: no eos_token_id in generation_config.json or config.json; generation would not stop")
+    raise CheckpointError(
+        f"{folder}: no eos_token_id in generation_config.json or config.json; generation would not stop"
+    )
 
 
 def active_parameters(text: TextConfig, total: int) -> int:

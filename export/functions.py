@@ -1,7 +1,7 @@
 """The definition of every ``deepstitch`` operator: an ONNX function whose body is standard ONNX.
 
-Written in ONNX's own textual syntax (onnx/docs/Syntax.md), so that what is read here is what a runtime executes.
-``deepstitch.models.ops`` holds the same operators in PyTorch; tests compare the two.
+Written in ONNX's own textual syntax (onnx/docs/Syntax.md), so that what is read here is what a runtime
+executes. ``deepstitch.models.ops`` holds the same operators in PyTorch; tests compare the two.
 """
 
 from __future__ import annotations
@@ -14,14 +14,22 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
-__all__ = ["DOMAIN", "OPSET", "VERSION", "attach_functions", "function_proto", "parse_functions", "segment_attention"]
+__all__ = [
+    "DOMAIN",
+    "OPSET",
+    "VERSION",
+    "attach_functions",
+    "function_proto",
+    "parse_functions",
+    "segment_attention",
+]
 
 DOMAIN = "deepstitch"
 VERSION = 1
 OPSET = 24  # the first with TensorScatter, which writes a static KV cache
 
-# Pair j of the head takes the height position if j % 3 == 1 and j < 3 * section[1], the width position if j % 3 == 2 and
-# j < 3 * section[2], else the temporal one.
+# Pair j of the head takes the height position if j % 3 == 1 and j < 3 * section[1], the width position if j %
+# 3 == 2 and j < 3 * section[2], else the temporal one.
 _M_ROTARY_COS_SIN = """
 MRotaryCosSin <mrope_section> (position_ids, inv_freq) => (cos, sin)
 {
@@ -56,7 +64,8 @@ MRotaryCosSin <mrope_section> (position_ids, inv_freq) => (cos, sin)
 # Keys and values are written at past_lengths; key slot j is visible to query s iff j <= past_lengths + s.
 _CACHED_ATTENTION = """
 CachedAttention <num_heads, kv_num_heads, scale>
-    (query, key, value, past_key, past_value, past_lengths, query_lengths) => (output, present_key, present_value)
+    (query, key, value, past_key, past_value, past_lengths, query_lengths) => (output, present_key,
+    present_value)
 {
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
@@ -131,8 +140,8 @@ SegmentAttention <num_heads, scale> (query, key, value, cu_seqlens) => (output)
 }
 """
 
-# A loop over the experts that were chosen at all; each sees only its own tokens (a token whose weight underflowed to zero
-# would add zero).
+# A loop over the experts that were chosen at all; each sees only its own tokens (a token whose weight
+# underflowed to zero would add zero).
 _MOE_EXPERTS = """
 MoEExperts <top_k, norm_topk_prob> (x, router_logits, gate_up_proj, down_proj) => (output)
 {
@@ -196,9 +205,9 @@ DeepStackAdd <layer> (hidden_states, deepstack_embeds, deepstack_index) => (outp
 """
 
 
-
 def segment_attention(kernel: str) -> str:
-    """Text of SegmentAttention around an attention operator that takes ``[1, rows, heads * D]`` each of q, k, v.
+    """Text of SegmentAttention around an attention operator that takes ``[1, rows, heads * D]`` each of q, k,
+    v.
 
     Args:
         kernel: operator with its attributes, e.g. ``Attention <scale: float = @scale>``.

@@ -1,7 +1,8 @@
-"""From a config to the canonical graphs: standard ONNX plus a few ``deepstitch`` operators, traced without any weights.
+"""From a config to the canonical graphs: standard ONNX plus a few ``deepstitch`` operators, traced without
+any weights.
 
-The models are built under ``FakeTensorMode``: parameters have shapes and no data, so tracing a 235B model takes
-megabytes. Weights are bound afterwards, from the checkpoint, by parameter name.
+The models are built under ``FakeTensorMode``: parameters have shapes and no data, so tracing a 235B model
+takes megabytes. Weights are bound afterwards, from the checkpoint, by parameter name.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class PlannedTensor:
                 half = block.astype(np.float16)
             if not np.isfinite(half).all() and np.isfinite(block).all():
                 raise CheckpointError(
-                    f"tensor '{self.name}' reaches {np.abs(block).max():.4g}, more than fp16 can hold; use --weights fp32"
+                    f"tensor '{self.name}' reaches {np.abs(block).max():.4g}, more than fp16 holds; use --weights fp32"
                 )
             yield half
 
@@ -121,15 +121,17 @@ class PlannedTensor:
 class WeightPlan:
     """Collects what the lowering passes decide about weights; the writer carries it out.
 
-    Vectors and routers are stored as fp32 whatever was asked for: they are small, and a rounded router sends tokens to
-    other experts.
+    Vectors and routers are stored as fp32 whatever was asked for: they are small, and a rounded router sends
+    tokens to other experts.
 
     Attributes:
         tensors: what the graphs and the runtime read, in the order it was planned.
         by_reference: matrices stay in the checkpoint's files, and their layouts and casts become graph nodes.
     """
 
-    def __init__(self, sources: Mapping[str, WeightSource], *, weights: str, by_reference: bool, tied: str | None) -> None:
+    def __init__(
+        self, sources: Mapping[str, WeightSource], *, weights: str, by_reference: bool, tied: str | None
+    ) -> None:
         """Start a plan.
 
         Args:

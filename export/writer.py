@@ -117,7 +117,11 @@ def write_weights(
     position = 0
     for tensor in ordered:
         end = position + tensor.nbytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
         position = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
@@ -140,10 +144,11 @@ def write_weights(
 
 
 def link_checkpoint(shards: Iterable[Path], folder: Path, progress: Progress) -> dict[str, FileRecord]:
-    """Hard-link the checkpoint's shards into the bundle: no second copy, and the bundle outlives the checkpoint folder.
+    """Hard-link the checkpoint's shards into the bundle: no second copy, and the bundle outlives the
+    checkpoint folder.
 
-    A symbolic link or a path outside the bundle would do as well on disk, but ONNX Runtime refuses weights that lie
-    outside the graph's folder.
+    A symbolic link or a path outside the bundle would do as well on disk, but ONNX Runtime refuses weights
+    that lie outside the graph's folder.
 
     Args:
         shards: the checkpoint's safetensors files.

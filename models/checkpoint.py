@@ -117,7 +117,8 @@ class TransposedExperts(_NotAMatrix):
 
 @dataclass(frozen=True, slots=True)
 class SeparateExperts(_NotAMatrix):
-    """Experts stored one linear layer at a time (Qwen3-MoE text): stacked, transposed and concatenated on reading.
+    """Experts stored one linear layer at a time (Qwen3-MoE text): stacked, transposed and concatenated on
+    reading.
 
     Attributes:
         parts: per expert, the tensors ``[rows, columns]`` whose transposes lie side by side in the parameter.
@@ -188,13 +189,12 @@ class Checkpoint:
         """The shards that hold tensors, sorted."""
         return tuple(sorted({entry.path for entry in self.entries.values()}))
 
-    def sources(
-        self, *, language_only: bool = False, expert_layout: str | None = None
-    ) -> dict[str, WeightSource]:
+    def sources(self, *, language_only: bool = False, expert_layout: str | None = None) -> dict[str, WeightSource]:
         """Account for every tensor of the checkpoint and every parameter of the model.
 
         Args:
-            language_only: fill the language side of a disaggregated pair; ``model.visual.*`` is ignored by name.
+            language_only: fill the language side of a disaggregated pair; ``model.visual.*`` is ignored by
+                name.
             expert_layout: one of :data:`EXPERT_LAYOUTS`, where the shapes cannot tell.
 
         Returns:
@@ -233,20 +233,27 @@ class Checkpoint:
         extra = set(extra)
         if missing and extra:
             raise CheckpointError(
-                f"{self.folder}: {len(missing)} tensors are missing ({list_names(missing)}) and {len(extra)} are not part "
-                f"of a {self.config.model_type} model ({list_names(extra)}); config.json and weights do not belong together"
+                f"{self.folder}: {len(missing)} tensors are missing ({list_names(missing)}) and {len(extra)} "
+                "are not part "
+                f"of a {self.config.model_type} model ({list_names(extra)}); config.json and weights do not "
+                "belong together"
             )
         if missing:
             hint = did_you_mean(missing[0], self.entries)
             raise CheckpointError(f"{self.folder}: {len(missing)} tensors are missing: {list_names(missing)}{hint}")
         if extra:
             raise CheckpointError(
-                f"{self.folder}: {len(extra)} tensors are not part of a {self.config.model_type} model with this config: "
+                f"{self.folder}: {len(extra)} tensors are not part of a {self.config.model_type} model with "
+                "this config: "
                 f"{list_names(extra)}"
             )
 
     def _find(
-        self, name: str, shape: tuple[int, ...], available: Mapping[str, TensorEntry], expert_layout: str | None
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        available: Mapping[str, TensorEntry],
+        expert_layout: str | None,
     ) -> tuple[WeightSource, list[str]] | None:
         """The source of one parameter and the stored names it uses, or None where the tensor is missing."""
         if ".mlp.experts." in name:
@@ -262,7 +269,11 @@ class Checkpoint:
         return StoredTensor(entry), [name]
 
     def _find_experts(
-        self, name: str, shape: tuple[int, ...], available: Mapping[str, TensorEntry], expert_layout: str | None
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        available: Mapping[str, TensorEntry],
+        expert_layout: str | None,
     ) -> tuple[WeightSource, list[str]] | None:
         stem, which = name.rsplit(".", 1)
         gate_up, down = available.get(f"{stem}.gate_up_proj"), available.get(f"{stem}.down_proj")
@@ -298,11 +309,14 @@ class Checkpoint:
         fitting = [layout for layout, pair in shapes.items() if pair == (gate_up.shape, down.shape)]
         if not fitting:
             raise CheckpointError(
-                f"{gate_up.path}: experts '{gate_up.name}' {list(gate_up.shape)} and '{down.name}' {list(down.shape)} fit "
+                f"{gate_up.path}: experts '{gate_up.name}' {list(gate_up.shape)} and '{down.name}' "
+                f"{list(down.shape)} fit "
                 f"neither layout of E={experts}, H={hidden}, I={width}: expected {_either(shapes)}"
             )
         if stated is not None and stated not in fitting:
-            raise CheckpointError(f"--expert-layout {stated} contradicts the shape of '{gate_up.name}' {list(gate_up.shape)}")
+            raise CheckpointError(
+                f"--expert-layout {stated} contradicts the shape of '{gate_up.name}' {list(gate_up.shape)}"
+            )
         if stated is None and len(fitting) > 1:
             raise CheckpointError(f"the shapes of '{gate_up.name}' fit both layouts; state one with --expert-layout")
         return stated or fitting[0]
@@ -315,7 +329,8 @@ def _either(shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> st
 def _check_dtype(entry: TensorEntry) -> None:
     if entry.dtype not in _FLOAT_DTYPES:
         raise CheckpointError(
-            f"{entry.path}: tensor '{entry.name}' has dtype {entry.dtype}; weights must be one of {', '.join(_FLOAT_DTYPES)}"
+            f"{entry.path}: tensor '{entry.name}' has dtype {entry.dtype}; weights must be one of "
+            f"{', '.join(_FLOAT_DTYPES)}"
         )
 
 
@@ -350,7 +365,9 @@ def _shards(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
-    raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json; only safetensors are read")
+    raise CheckpointError(
+        f"{folder}: no model.safetensors and no model.safetensors.index.json; only safetensors are read"
+    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:

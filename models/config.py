@@ -2,100 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepstitch.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, list_names
+from deepstitch.errors import CheckpointError, ConfigError, UnsupportedError
+from deepstitch.models.config_fields import check_types, only, require, rope_parameters, section, take_known
 
 __all__ = ["SUPPORTED_MODEL_TYPES", "ModelConfig", "TextConfig", "VisionConfig"]
 
 SUPPORTED_MODEL_TYPES = ("qwen3_vl_moe", "qwen3_vl", "qwen3_moe", "qwen3")
-
-# Keys that do not change what the forward pass computes: training, bookkeeping and generation defaults.
-_INERT_KEYS = frozenset(
-    """_name_or_path add_cross_attention architectures attention_dropout auto_map bad_words_ids begin_suppress_tokens
-    bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample
-    dtype early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder label2id
-    length_penalty max_length max_window_layers min_length model_type no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix
-    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-    router_aux_loss_coef sep_token_id sliding_window suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version
-    typical_p use_bfloat16 use_cache""".split()
-)
-
-
-def _take(raw: dict[str, Any], known: frozenset[str], where: str) -> dict[str, Any]:
-    """Return the known keys of a config section; refuse keys that are neither known nor inert."""
-    unknown = set(raw) - known - _INERT_KEYS
-    if unknown:
-        name = sorted(unknown)[0]
-        raise ConfigError(
-            f"{where}: unknown key {list_names(unknown)}{did_you_mean(name, known)}; deepstitch does not know what it "
-            "changes in the model. Remove it if it has no effect on the forward pass"
-        )
-    return {key: value for key, value in raw.items() if key in known and value is not None}
-
-
-def _check_types(kind: type[Any], values: dict[str, Any], where: str) -> None:
-    """Refuse values of another type than the dataclass says; sizes are positive, or 0 where 0 is the default."""
-    for field in dataclasses.fields(kind):
-        if field.name not in values:
-            continue
-        value, annotation = values[field.name], str(field.type)
-        if annotation.startswith("int"):
-            valid, expected = type(value) is int and value >= int(field.default != 0), "a positive whole number"
-        elif annotation == "float":
-            valid, expected = type(value) in (int, float) and value > 0, "a positive number"
-        elif annotation == "bool":
-            valid, expected = type(value) is bool, "true or false"
-        elif annotation.startswith("tuple"):
-            valid = isinstance(value, list | tuple) and all(type(entry) is int and entry >= 0 for entry in value)
-            expected = "a list of whole numbers"
-        else:
-            continue
-        if not valid:
-            raise ConfigError(f"{where}: {field.name} is {value!r}, expected {expected}")
-
-
-def _section(raw: dict[str, Any], key: str, where: str) -> dict[str, Any]:
-    section = raw.get(key) or {}
-    if not isinstance(section, dict):
-        raise ConfigError(f"{where}: {key} is {section!r}, expected an object")
-    return section
-
-
-def _require(raw: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
-    missing = [key for key in keys if raw.get(key) is None]
-    if missing:
-        raise ConfigError(f"{where}: missing key {list_names(missing)}; is this the config.json the model was saved with?")
-
-
-def _only(raw: dict[str, Any], key: str, allowed: tuple[Any, ...], where: str) -> None:
-    if key in raw and raw[key] not in allowed:
-        expected = " or ".join(repr(value) for value in allowed)
-        raise UnsupportedError(f"{where}: {key} is {raw[key]!r}, only {expected} is supported")
-
-
-def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """Read both spellings: ``rope_parameters`` (transformers 5) and ``rope_theta`` + ``rope_scaling``."""
-    rope = dict(_section(raw, "rope_scaling", where))
-    if raw.get("rope_theta") is not None:
-        rope.setdefault("rope_theta", raw["rope_theta"])
-    rope.update(_section(raw, "rope_parameters", where))
-    rope_type = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
-    # Qwen2-VL wrote the type "mrope" for what is now "default" plus mrope_section.
-    if rope_type not in ("default", "mrope"):
-        raise UnsupportedError(f"{where}: rope type {rope_type!r} is not supported, only 'default'")
-    unknown = set(rope) - {"rope_theta", "mrope_section", "mrope_interleaved"}
-    if unknown:
-        raise UnsupportedError(f"{where}: rope key {list_names(unknown)} is not supported")
-    return rope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +20,8 @@ class TextConfig:
     """The language decoder. Field names are the Hugging Face ones.
 
     Attributes:
-        mrope_section: rotary pairs per axis (t, h, w), interleaved; ``(head_dim / 2, 0, 0)`` is the text-only rule.
+        mrope_section: rotary pairs per axis (t, h, w), interleaved; ``(head_dim / 2, 0, 0)`` is the text-only
+            rule.
         num_experts: 0 for a dense model.
     """
 
@@ -144,20 +62,27 @@ class TextConfig:
         """
         required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
         moe_keys = ("num_experts_per_tok", "moe_intermediate_size")
-        _require(raw, required + (moe_keys if moe else ("intermediate_size",)), where)
+        require(raw, required + (moe_keys if moe else ("intermediate_size",)), where)
         known = frozenset(cls.__dataclass_fields__) | {
-            *("rope_scaling", "rope_parameters", "hidden_act", "attention_bias", "use_sliding_window", "layer_types"),
+            *(
+                "rope_scaling",
+                "rope_parameters",
+                "hidden_act",
+                "attention_bias",
+                "use_sliding_window",
+                "layer_types",
+            ),
             "num_local_experts",
         }
-        values = _take(raw, known, where)
-        _check_types(cls, values, where)
-        rope = _rope(values, where)
-        _check_types(cls, rope, where)
+        values = take_known(raw, known, where)
+        check_types(cls, values, where)
+        rope = rope_parameters(values, where)
+        check_types(cls, rope, where)
         for key in ("rope_scaling", "rope_parameters", "rope_theta"):
             values.pop(key, None)
-        _only(values, "hidden_act", ("silu",), where)
-        _only(values, "attention_bias", (False, None), where)
-        _only(values, "use_sliding_window", (False, None), where)
+        only(values, "hidden_act", ("silu",), where)
+        only(values, "attention_bias", (False, None), where)
+        only(values, "use_sliding_window", (False, None), where)
         if any(kind != "full_attention" for kind in values.get("layer_types") or ()):
             raise UnsupportedError(f"{where}: layer_types has entries other than 'full_attention'")
         for key in ("hidden_act", "attention_bias", "use_sliding_window", "layer_types"):
@@ -172,7 +97,8 @@ class TextConfig:
         section = tuple(rope.get("mrope_section") or ((24, 20, 20) if multimodal else (head_dim // 2, 0, 0)))
         if len(section) != 3 or sum(section) != head_dim // 2:
             raise ConfigError(
-                f"{where}: mrope_section {list(section)} must have three entries that sum to head_dim/2 = {head_dim // 2}"
+                f"{where}: mrope_section {list(section)} must have three entries that sum to head_dim/2 = "
+                f"{head_dim // 2}"
             )
         if multimodal and rope.get("mrope_interleaved") is False:
             raise UnsupportedError(f"{where}: mrope_interleaved is false; Qwen3-VL checkpoints interleave the axes")
@@ -203,7 +129,8 @@ class TextConfig:
             )
         if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
             raise ConfigError(
-                f"{where}: num_experts_per_tok {self.num_experts_per_tok} must lie in 1..{self.num_experts} (num_experts)"
+                f"{where}: num_experts_per_tok {self.num_experts_per_tok} must lie in 1..{self.num_experts} "
+                "(num_experts)"
             )
         dense = any(not self.is_moe_layer(index) for index in range(self.num_hidden_layers))
         if dense and not self.intermediate_size:
@@ -245,12 +172,12 @@ class VisionConfig:
             ConfigError: a key is unknown, missing or contradicts another.
             UnsupportedError: a value asks for something the encoder does not do.
         """
-        _require(raw, ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size"), where)
+        require(raw, ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size"), where)
         known = frozenset(cls.__dataclass_fields__) | {"hidden_act", "rope_parameters"}
-        values = _take(raw, known, where)
-        _only(values, "hidden_act", ("gelu_pytorch_tanh",), where)
+        values = take_known(raw, known, where)
+        only(values, "hidden_act", ("gelu_pytorch_tanh",), where)
         values.pop("hidden_act", None)
-        rope = _section(values, "rope_parameters", where)
+        rope = section(values, "rope_parameters", where)
         values.pop("rope_parameters", None)
         rope_type = rope.get("rope_type", "axial")
         if rope_type not in ("axial", "default"):
@@ -265,7 +192,7 @@ class VisionConfig:
             "rope_theta": rope.get("rope_theta", 10000.0),
         }
         values = {**defaults, **values}
-        _check_types(cls, values, where)
+        check_types(cls, values, where)
         values["deepstack_visual_indexes"] = tuple(values["deepstack_visual_indexes"])
         config = cls(**values)
         config._check(where)
@@ -277,11 +204,14 @@ class VisionConfig:
         taps = list(self.deepstack_visual_indexes)
         if not taps or taps != sorted(set(taps)) or taps[-1] >= self.depth:
             raise ConfigError(
-                f"{where}: deepstack_visual_indexes {taps} must be distinct, ascending numbers of the {self.depth} blocks, "
+                f"{where}: deepstack_visual_indexes {taps} must be distinct, ascending numbers of the "
+                f"{self.depth} blocks, "
                 "at least one"
             )
         if self.hidden_size % self.num_heads or self.head_dim % 4:
-            raise ConfigError(f"{where}: hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a multiple of 4")
+            raise ConfigError(
+                f"{where}: hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a multiple of 4"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,28 +243,34 @@ class ModelConfig:
         if model_type not in SUPPORTED_MODEL_TYPES:
             supported = ", ".join(SUPPORTED_MODEL_TYPES)
             raise UnsupportedError(f"{where}: model_type {model_type!r} is not supported; supported are {supported}")
-        _only(raw, "quantization_config", (None,), where)
+        only(raw, "quantization_config", (None,), where)
         moe = "moe" in model_type
         tied = bool(raw.get("tie_word_embeddings", False))
         if "vl" not in model_type:
             text = TextConfig.from_dict(raw, moe=moe, multimodal=False, tie_word_embeddings=tied, where=where)
             return cls(model_type=model_type, text=text)
         ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        _require(raw, ("text_config", "vision_config", *ids), where)
-        values = _take(raw, frozenset(("text_config", "vision_config", "quantization_config", *ids)), where)
-        _check_types(cls, values, where)
+        require(raw, ("text_config", "vision_config", *ids), where)
+        values = take_known(raw, frozenset(("text_config", "vision_config", "quantization_config", *ids)), where)
+        check_types(cls, values, where)
         text = TextConfig.from_dict(
-            _section(raw, "text_config", where), moe=moe, multimodal=True, tie_word_embeddings=tied, where=f"{where} text_config"
+            section(raw, "text_config", where),
+            moe=moe,
+            multimodal=True,
+            tie_word_embeddings=tied,
+            where=f"{where} text_config",
         )
-        vision = VisionConfig.from_dict(_section(raw, "vision_config", where), where=f"{where} vision_config")
+        vision = VisionConfig.from_dict(section(raw, "vision_config", where), where=f"{where} vision_config")
         config = cls(model_type=model_type, text=text, vision=vision, **{key: values[key] for key in ids})
         if vision.out_hidden_size != text.hidden_size:
             raise ConfigError(
-                f"{where}: vision out_hidden_size {vision.out_hidden_size} is not the text hidden_size {text.hidden_size}"
+                f"{where}: vision out_hidden_size {vision.out_hidden_size} is not the text hidden_size "
+                f"{text.hidden_size}"
             )
         if config.num_deepstack > text.num_hidden_layers:
             raise ConfigError(
-                f"{where}: {config.num_deepstack} DeepStack taps need as many decoder layers, not {text.num_hidden_layers}"
+                f"{where}: {config.num_deepstack} DeepStack taps need as many decoder layers, not "
+                f"{text.num_hidden_layers}"
             )
         return config
 
@@ -350,7 +286,9 @@ class ModelConfig:
         try:
             raw = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: not found; a checkpoint is a folder with config.json and *.safetensors") from None
+            raise CheckpointError(
+                f"{path}: not found; a checkpoint is a folder with config.json and *.safetensors"
+            ) from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{path}: not valid JSON ({error})") from None
         if not isinstance(raw, dict):

@@ -1,8 +1,8 @@
 """The operations a graph names: each in eager PyTorch, and as one node while ``torch.onnx.export`` traces.
 
-Standard ONNX operators are emitted where opset 23 has one (``RMSNormalization``, ``RotaryEmbedding``). The others live in
-the ``deepstitch`` domain; ``deepstitch.export.functions`` gives each of them an ONNX function whose body is standard
-ONNX, and that body is the operator's definition.
+Standard ONNX operators are emitted where opset 23 has one (``RMSNormalization``, ``RotaryEmbedding``). The
+others live in the ``deepstitch`` domain; ``deepstitch.export.functions`` gives each of them an ONNX function
+whose body is standard ONNX, and that body is the operator's definition.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def mrope_cos_sin(position_ids: Tensor, inv_freq: Tensor, mrope_section: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the interleaved multimodal rotary embedding of Qwen3-VL.
 
-    Frequency pair ``j`` takes the height position if ``j % 3 == 1 and j < 3 * section[1]``, the width position if
-    ``j % 3 == 2 and j < 3 * section[2]``, else the temporal one.
+    Frequency pair ``j`` takes the height position if ``j % 3 == 1 and j < 3 * section[1]``, the width
+    position if ``j % 3 == 2 and j < 3 * section[2]``, else the temporal one.
 
     Args:
         position_ids: ``[3, B, S]`` int64, rows t, h, w.
@@ -105,7 +105,12 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, num_heads: int, kv_num_heads: int, attention_mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    kv_num_heads: int,
+    attention_mask: Tensor | None,
 ) -> Tensor:
     """Grouped-query attention over one full sequence, without a cache (training and reference).
 
@@ -218,7 +223,12 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Ten
 
 
 def moe_experts(
-    x: Tensor, router_logits: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k: int, norm_topk_prob: bool
+    x: Tensor,
+    router_logits: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k: int,
+    norm_topk_prob: bool,
 ) -> Tensor:
     """Top-k softmax routing and the SwiGLU experts it selects.
 

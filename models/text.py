@@ -1,7 +1,7 @@
 """The language decoder: one forward in the template, and the DeepStack hook that two classes share.
 
-``Qwen2MoeModel`` owns the only layer loop. After each layer it calls ``_process_layer_output``; the DeepStack classes
-override that hook and nothing else.
+``Qwen2MoeModel`` owns the only layer loop. After each layer it calls ``_process_layer_output``; the DeepStack
+classes override that hook and nothing else.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ class Qwen3Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
-    def _rotated_heads(
-        self, x: Tensor, norm: RMSNorm, num_heads: int, cos_sin: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def _rotated_heads(self, x: Tensor, norm: RMSNorm, num_heads: int, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         normed = norm(x.unflatten(-1, (num_heads, -1))).flatten(-2)
         return ops.rotary_embedding(normed, *cos_sin, num_heads)
 
@@ -146,7 +144,10 @@ class Qwen2MoeModel(nn.Module):
         raise NotImplementedError
 
     def _process_layer_output(
-        self, layer_index: int, hidden_states: Tensor, input_deepstack_embeds: Tensor | ops.CompactDeepStack | None
+        self,
+        layer_index: int,
+        hidden_states: Tensor,
+        input_deepstack_embeds: Tensor | ops.CompactDeepStack | None,
     ) -> Tensor:
         """What happens to the hidden states after a layer: nothing, unless a DeepStack class overrides it."""
         if input_deepstack_embeds is not None:
@@ -173,11 +174,13 @@ class Qwen2MoeModel(nn.Module):
         Args:
             inputs_embeds: ``[B, S, H]``.
             position_ids: ``[3, B, S]`` int64, mRoPE rows t, h, w; three equal rows for text.
-            input_deepstack_embeds: ``[B, S, taps * H]``; after layer i the slice ``[..., i*H:(i+1)*H]`` is added.
-                None is exactly the text-only model.
-            attention_mask: bool ``[B, 1, S, S]``, True where attention is allowed; None is causal. Ignored with a cache.
+            input_deepstack_embeds: ``[B, S, taps * H]``; after layer i the slice ``[..., i*H:(i+1)*H]`` is
+                added. None is exactly the text-only model.
+            attention_mask: bool ``[B, 1, S, S]``, True where attention is allowed; None is causal. Ignored
+                with a cache.
             cache: static cache to read and extend; None attends over ``inputs_embeds`` alone.
-            inv_freq: ``[D/2]`` rotary frequencies, where the caller holds them (the exporter makes them a weight).
+            inv_freq: ``[D/2]`` rotary frequencies, where the caller holds them (the exporter makes them a
+                weight).
             final_rows: ``[B, L]`` int64 positions to keep before the final norm; None keeps all.
 
         Returns:
@@ -209,7 +212,10 @@ class _DeepStackHook(Qwen3MoeModel):
         self.num_deepstack = num_deepstack
 
     def _process_layer_output(
-        self, layer_index: int, hidden_states: Tensor, input_deepstack_embeds: Tensor | ops.CompactDeepStack | None
+        self,
+        layer_index: int,
+        hidden_states: Tensor,
+        input_deepstack_embeds: Tensor | ops.CompactDeepStack | None,
     ) -> Tensor:
         if input_deepstack_embeds is None or layer_index >= self.num_deepstack:
             return hidden_states
@@ -251,14 +257,13 @@ class Qwen3MoeForCausalLM(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, *, input_deepstack_embeds: Tensor | None = None
     ) -> Tensor:
-        """Logits ``[B, S, V]`` for ``input_ids [B, S]``; see :meth:`Qwen2MoeModel.forward` for the other arguments.
+        """Logits ``[B, S, V]`` for ``input_ids [B, S]``; see :meth:`Qwen2MoeModel.forward` for the other
+        arguments.
 
-        On the language side of a disaggregated pair the ids of image tokens are replaced by embeddings, so that side
-        calls :attr:`language_model` with ``inputs_embeds``.
+        On the language side of a disaggregated pair the ids of image tokens are replaced by embeddings, so
+        that side calls :attr:`language_model` with ``inputs_embeds``.
         """
-        hidden = self.model(
-            self.embed_tokens(input_ids), position_ids, input_deepstack_embeds=input_deepstack_embeds
-        )
+        hidden = self.model(self.embed_tokens(input_ids), position_ids, input_deepstack_embeds=input_deepstack_embeds)
         return self.lm_head(hidden)
 
 

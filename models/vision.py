@@ -40,9 +40,7 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], cu_seqlens: Tensor) -> Tensor:
         """Map ``[P, hidden]`` to ``[P, hidden]``; cos and sin are ``[1, P, head_dim/2]``."""
         query, key, value = self.qkv(x).split([x.shape[-1]] * 3, dim=-1)
-        query, key = (
-            ops.rotary_embedding(part[None], *cos_sin, self.num_heads).squeeze(0) for part in (query, key)
-        )
+        query, key = (ops.rotary_embedding(part[None], *cos_sin, self.num_heads).squeeze(0) for part in (query, key))
         return self.proj(ops.segment_attention(query, key, value, cu_seqlens, self.num_heads))
 
 

@@ -63,7 +63,8 @@ class Qwen3VLMoeForConditionalGeneration(nn.Module):
             deepstack_embeds: ``[T, taps * H]``.
 
         Returns:
-            inputs_embeds ``[B, S, H]`` and input_deepstack_embeds ``[B, S, taps * H]`` (zeros at text positions).
+            inputs_embeds ``[B, S, H]`` and input_deepstack_embeds ``[B, S, taps * H]`` (zeros at text
+            positions).
 
         Raises:
             ValueError: the number of placeholders is not T.

@@ -96,8 +96,7 @@ class StepCall:
         self._deepstack_index = np.zeros((batch, width), np.int32)
         inputs = self._inputs(with_deepstack=model.num_deepstack > 0)
         self._runs = tuple(
-            graph.bind({**inputs, **past}, {"logits": self.logits, **present})
-            for past, present in cache.bindings(rows)
+            graph.bind({**inputs, **past}, {"logits": self.logits, **present}) for past, present in cache.bindings(rows)
         )
 
     def fill(self, parts: Sequence[RowTokens], picks: Sequence[Ints]) -> None:

@@ -38,9 +38,7 @@ class Chat:
         self._last: Generation | None = None
         self.messages: list[Message] = list(self._system)
 
-    def send(
-        self, text: str, *, images: Sequence[Any] = (), videos: Sequence[Any] = (), **options: Any
-    ) -> Result:
+    def send(self, text: str, *, images: Sequence[Any] = (), videos: Sequence[Any] = (), **options: Any) -> Result:
         """Say something and return the answer; arguments as in :meth:`Pipeline.generate`."""
         return self.stream(text, images=images, videos=videos, **options).result
 
@@ -87,8 +85,6 @@ def _user_turn(text: str, images: Sequence[Any], videos: Sequence[Any]) -> Messa
     if not images and not videos:
         return {"role": "user", "content": text}
     # opened now: a file may be gone by the next turn
-    pictures = [
-        {"type": "image", "image": load_image(image, f"image {n}")} for n, image in enumerate(images, 1)
-    ]
+    pictures = [{"type": "image", "image": load_image(image, f"image {n}")} for n, image in enumerate(images, 1)]
     clips = [{"type": "video", "video": video} for video in videos]
     return {"role": "user", "content": [*pictures, *clips, {"type": "text", "text": text}]}

@@ -99,9 +99,7 @@ def merge(
     )
 
 
-def item_spans(
-    prompt: Prompt, visual_ids: Sequence[int]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def item_spans(prompt: Prompt, visual_ids: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """First visual token of each image and clip, and one past its last; ``(N,)`` each."""
     if prompt.vision is None:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)

@@ -89,8 +89,7 @@ class EncoderCache:
         pairs = zip(np.split(embeds, cuts), np.split(deepstack, cuts), strict=True)
         # copies: a view would keep the outputs of the whole call alive as long as one of its items
         fresh = {
-            key: VisionFeatures(rows.copy(), deep.copy())
-            for key, (rows, deep) in zip(missing, pairs, strict=True)
+            key: VisionFeatures(rows.copy(), deep.copy()) for key, (rows, deep) in zip(missing, pairs, strict=True)
         }
         self.misses += len(fresh)
         for key, features in fresh.items():
@@ -106,9 +105,7 @@ def _concatenate(batches: Sequence[VisionBatch]) -> VisionBatch:
     if len(batches) == 1:
         return batches[0]
     ends = np.cumsum([batch.cu_seqlens[-1] for batch in batches])
-    seqlens = [
-        batch.cu_seqlens[1:] + end - batch.cu_seqlens[-1] for batch, end in zip(batches, ends, strict=True)
-    ]
+    seqlens = [batch.cu_seqlens[1:] + end - batch.cu_seqlens[-1] for batch, end in zip(batches, ends, strict=True)]
     return VisionBatch(
         pixel_values=np.concatenate([batch.pixel_values for batch in batches]),
         position_indices=np.concatenate([batch.position_indices for batch in batches], axis=1),

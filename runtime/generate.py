@@ -103,9 +103,7 @@ class Generation:
         began = time.perf_counter()
         visual_ids = self._parts.visual_ids
         prompts = [row.prompt for row in self._rows]
-        features = self._parts.encoder.features(
-            [_items_from(prompt, self._start, visual_ids) for prompt in prompts]
-        )
+        features = self._parts.encoder.features([_items_from(prompt, self._start, visual_ids) for prompt in prompts])
         model = self._parts.engine.bundle.manifest.model
         self.timings.encode = time.perf_counter() - began
         return [

@@ -134,9 +134,7 @@ class Pipeline:
         """
         chosen = GenerationOptions.from_keywords(options)
         if not prompts or isinstance(prompts, str):
-            raise InputError(
-                "generate_batch needs a list of at least one prompt; for a single one call generate"
-            )
+            raise InputError("generate_batch needs a list of at least one prompt; for a single one call generate")
         pictures, clips = _per_row("images", images, len(prompts)), _per_row("videos", videos, len(prompts))
         began = time.perf_counter()
         rows = [
@@ -158,9 +156,7 @@ class Pipeline:
         """
         return Chat(self, system=system, options=options)
 
-    def prepare(
-        self, messages: Messages, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()
-    ) -> Prompt:
+    def prepare(self, messages: Messages, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
         """Token ids, positions and vision inputs of one prompt."""
         return self.parts.processor(messages, images=images, videos=videos)
 

@@ -84,9 +84,7 @@ class GenerationOptions:
         known = [each.name for each in dataclasses.fields(cls)]
         for name in keywords:
             if name not in known:
-                raise InputError(
-                    f"unknown option '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}"
-                )
+                raise InputError(f"unknown option '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}")
         values = dict(keywords)
         if "stop" in values:
             stop = values["stop"]
@@ -104,9 +102,7 @@ class GenerationOptions:
 class Sampler:
     """Chooses the tokens of one row."""
 
-    def __init__(
-        self, options: GenerationOptions, prompt_ids: npt.NDArray[np.int64], vocab_size: int
-    ) -> None:
+    def __init__(self, options: GenerationOptions, prompt_ids: npt.NDArray[np.int64], vocab_size: int) -> None:
         self._options = options
         self._random = np.random.default_rng(options.seed)
         self._penalised = options.repetition_penalty != 1
@@ -157,9 +153,7 @@ class Sampler:
         return int(ids[min(int(place), len(ids) - 1)])
 
 
-def _nucleus(
-    weights: npt.NDArray[np.float64], ids: npt.NDArray[np.intp], top_p: float
-) -> npt.NDArray[np.intp]:
+def _nucleus(weights: npt.NDArray[np.float64], ids: npt.NDArray[np.intp], top_p: float) -> npt.NDArray[np.intp]:
     """The fewest of ``ids``, heaviest first, that hold at least the share ``top_p`` of their weight."""
     needed = top_p * weights[ids].sum()
     # the nucleus is nearly always small: sort a short list first, everything only if that was not enough

@@ -72,9 +72,7 @@ def verify_files(folder: Path, manifest: Manifest, level: Verify, *, progress: b
 def _check_size(folder: Path, name: str, record: FileRecord) -> None:
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\\" in name or ":" in name:
-        raise BundleError(
-            f"{folder / MANIFEST_NAME}: '{name}' lies outside the bundle; the manifest was edited"
-        )
+        raise BundleError(f"{folder / MANIFEST_NAME}: '{name}' lies outside the bundle; the manifest was edited")
     path = folder / name
     try:
         size = path.stat().st_size

@@ -104,9 +104,7 @@ EXPERTS = f"{DECODER}layers.2.mlp.experts"
 DAMAGES: Mapping[str, Damage] = MappingProxyType(
     {
         # files
-        "truncated": Damage(
-            spoil=truncate(SINGLE), message=r"model\.safetensors: truncated .* download it again"
-        ),
+        "truncated": Damage(spoil=truncate(SINGLE), message=r"model\.safetensors: truncated .* download it again"),
         "truncated shard": Damage(spoil=truncate(SHARD), message=rf"{SHARD}: truncated", options=SHARDED),
         "corrupt header": Damage(
             spoil=overwrite(SINGLE, (8).to_bytes(8, "little") + b'{"a": [}'),
@@ -118,9 +116,7 @@ DAMAGES: Mapping[str, Damage] = MappingProxyType(
             spoil=remove(SHARD), message=rf"1 of 3 shards are missing: {SHARD}; download", options=SHARDED
         ),
         "no config": Damage(spoil=remove("config.json"), message=r"config\.json: not found"),
-        "config is not json": Damage(
-            spoil=overwrite("config.json", b"{"), message=r"config\.json: not valid JSON"
-        ),
+        "config is not json": Damage(spoil=overwrite("config.json", b"{"), message=r"config\.json: not valid JSON"),
         "config is a list": Damage(
             spoil=overwrite("config.json", b"[]"), message=r"config\.json: expected a JSON object"
         ),
@@ -128,13 +124,9 @@ DAMAGES: Mapping[str, Damage] = MappingProxyType(
         "index is not json": Damage(
             spoil=overwrite(INDEX, b"\xff"), message="not a safetensors index", options=SHARDED
         ),
-        "index without map": Damage(
-            spoil=overwrite(INDEX, b"{}"), message="not a safetensors index", options=SHARDED
-        ),
+        "index without map": Damage(spoil=overwrite(INDEX, b"{}"), message="not a safetensors index", options=SHARDED),
         "index leaves the folder": Damage(
-            spoil=edit_json(
-                INDEX, lambda index: index["weight_map"].update({"lm_head.weight": "../x.safetensors"})
-            ),
+            spoil=edit_json(INDEX, lambda index: index["weight_map"].update({"lm_head.weight": "../x.safetensors"})),
             message="must map tensor names to file names in this folder",
             options=SHARDED,
         ),
@@ -214,16 +206,12 @@ CONFIG_DAMAGES: Mapping[str, Damage] = MappingProxyType(
             spoil=set_config(model_type="qwen4_vl"),
             message="'qwen4_vl' is not supported; supported are qwen3_vl_moe, qwen3_vl, qwen3_moe, qwen3",
         ),
-        "no model type": Damage(
-            spoil=set_config(model_type=None), message="model_type None is not supported"
-        ),
+        "no model type": Damage(spoil=set_config(model_type=None), message="model_type None is not supported"),
         "unknown key": Damage(
             spoil=set_config("text_config", num_expert=6),
             message=r"unknown key num_expert \(did you mean 'num_experts'\?\)",
         ),
-        "unknown top-level key": Damage(
-            spoil=set_config(audio_config={}), message="unknown key audio_config"
-        ),
+        "unknown top-level key": Damage(spoil=set_config(audio_config={}), message="unknown key audio_config"),
         "quantized": Damage(
             spoil=set_config(quantization_config={"quant_method": "fp8"}),
             message="quantization_config is .*, only None is supported",
@@ -281,9 +269,7 @@ CONFIG_DAMAGES: Mapping[str, Damage] = MappingProxyType(
             message="rope_parameters is 'default', expected an object",
         ),
         "mrope in blocks": Damage(
-            spoil=set_config(
-                "text_config", rope_parameters={"mrope_section": [6, 5, 5], "mrope_interleaved": False}
-            ),
+            spoil=set_config("text_config", rope_parameters={"mrope_section": [6, 5, 5], "mrope_interleaved": False}),
             message="mrope_interleaved is false",
         ),
         "heads": Damage(

@@ -54,9 +54,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Call
 
 
 @pytest.mark.parametrize("name", EVERY_DAMAGE)
-def test_damaged_checkpoint(
-    name: str, refused: Callable[..., str], tiny_checkpoint: Make, tmp_path: Path
-) -> None:
+def test_damaged_checkpoint(name: str, refused: Callable[..., str], tiny_checkpoint: Make, tmp_path: Path) -> None:
     damage = EVERY_DAMAGE[name]
     folder = damaged(tiny_checkpoint, damage)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -90,9 +88,7 @@ def test_by_reference_needs_the_graphs_own_layout(
     options: dict[str, str], refused: Callable[..., str], tiny_checkpoint: Make, tmp_path: Path
 ) -> None:
     line = refused("export", tiny_checkpoint(**options), "-o", tmp_path / "out", "--by-reference", "--quiet")
-    assert re.search(
-        r"--by-reference: '\S+experts\S+' is stored in another layout .*; leave the flag out", line
-    ), line
+    assert re.search(r"--by-reference: '\S+experts\S+' is stored in another layout .*; leave the flag out", line), line
 
 
 def test_no_checkpoint(refused: Callable[..., str], tmp_path: Path) -> None:

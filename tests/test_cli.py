@@ -30,9 +30,7 @@ HEAVY = (
     "numpy",
 )
 HEAVY += ("PIL", "av", "tokenizers", "jinja2", "safetensors", "tqdm")
-ENTRY = (
-    "import sys; from deepstitch.cli import main; code = main(sys.argv[1:]);"  # what the console script does
-)
+ENTRY = "import sys; from deepstitch.cli import main; code = main(sys.argv[1:]);"  # what the console script does
 
 
 def run(*words: str, script: str = "sys.exit(code)") -> subprocess.CompletedProcess[str]:
@@ -56,11 +54,7 @@ def test_help_imports_nothing_heavy(verb: str | None) -> None:
 
 
 def test_help_lists_every_verb_with_its_purpose() -> None:
-    listed = {
-        line.split()[0]: line.split()[1:]
-        for line in run("--help").stdout.splitlines()
-        if line.startswith("  ")
-    }
+    listed = {line.split()[0]: line.split()[1:] for line in run("--help").stdout.splitlines() if line.startswith("  ")}
     assert all(len(listed[verb]) > 2 for verb in VERBS)
 
 
@@ -125,9 +119,7 @@ def test_interruption(verb_that: Callable[..., None], capsys: pytest.CaptureFixt
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_bug_keeps_its_traceback(
-    verb_that: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bug_keeps_its_traceback(verb_that: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     verb_that(raising(ZeroDivisionError("oops")))
     assert main(["run"]) == EXIT_BUG
     assert "ZeroDivisionError: oops" in capsys.readouterr().err
@@ -164,9 +156,7 @@ def test_shell_completion_knows_the_verbs() -> None:
     assert finished.stdout == "plain,inspect\n"
 
 
-def test_json_goes_to_stdout_and_refusals_to_stderr(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_json_goes_to_stdout_and_refusals_to_stderr(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     finished = run("inspect", str(tiny_checkpoint("qwen3")), "--json")
     assert finished.stderr == "" and json.loads(finished.stdout)["kind"] == "checkpoint"
     refused = run("inspect", str(tmp_path), "--json")

@@ -28,9 +28,7 @@ def pyproject(repository: Path) -> dict[str, Any]:
 
 
 def test_packages_are_the_folders(repository: Path, pyproject: dict[str, Any]) -> None:
-    folders = {
-        module_name(repository, path) for path in sources(repository, *FOLDERS) if path.name == "__init__.py"
-    }
+    folders = {module_name(repository, path) for path in sources(repository, *FOLDERS) if path.name == "__init__.py"}
     assert folders == set(pyproject["tool"]["setuptools"]["packages"])
     holders = {module_name(repository, path.parent / "__init__.py") for path in sources(repository, *FOLDERS)}
     assert holders <= folders, "a folder with modules has no __init__.py"
@@ -73,9 +71,7 @@ def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(output.glob("*.whl"))
 
 
-def test_wheel_holds_every_module_and_data_file(
-    repository: Path, wheel: Path, pyproject: dict[str, Any]
-) -> None:
+def test_wheel_holds_every_module_and_data_file(repository: Path, wheel: Path, pyproject: dict[str, Any]) -> None:
     expected = {module_name(repository, path.with_name("__init__.py")).replace(".", "/") + f"/{path.name}"
                 for path in sources(repository, *FOLDERS)}  # fmt: skip
     for package, patterns in pyproject["tool"]["setuptools"]["package-data"].items():
@@ -83,9 +79,7 @@ def test_wheel_holds_every_module_and_data_file(
         for pattern in patterns:
             matches = [path for path in (repository / folder).glob(pattern) if path.is_file()]
             assert matches, f"package-data {package}: {pattern} matches no file"
-            expected |= {
-                f"{package.replace('.', '/')}/{path.relative_to(repository / folder)}" for path in matches
-            }
+            expected |= {f"{package.replace('.', '/')}/{path.relative_to(repository / folder)}" for path in matches}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == expected
 
@@ -141,9 +135,7 @@ for name in ("torch", "transformers", "onnx", "polygraphy"):
     assert finished.returncode == 0, finished.stderr
 
 
-def test_an_answer_without_torch(
-    clean_python: Path, sample_bundle: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_an_answer_without_torch(clean_python: Path, sample_bundle: Callable[..., Path], tmp_path: Path) -> None:
     command = [str(clean_python.with_name("deepstitch")), "run", str(sample_bundle("ort-cpu"))]
     command += ["--prompt", "Hello", "--max-tokens", "4", "--json"]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -161,8 +153,6 @@ def test_export_without_its_extra_names_it(
         "--target",
         "portable",
     ]
-    finished = subprocess.run(
-        [*command, "-o", str(tmp_path / "out")], capture_output=True, text=True, check=False
-    )
+    finished = subprocess.run([*command, "-o", str(tmp_path / "out")], capture_output=True, text=True, check=False)
     assert finished.returncode == 2 and "pip install 'deepstitch[export]'" in finished.stderr
     assert not (tmp_path / "out").exists()

@@ -58,9 +58,7 @@ def test_no_machine_paths(tracked: list[Path]) -> None:
         except UnicodeDecodeError:
             continue  # weights and pictures
         found += [
-            f"{path.name}:{number}"
-            for number, line in enumerate(text.splitlines(), 1)
-            if MACHINE_PATH.search(line)
+            f"{path.name}:{number}" for number, line in enumerate(text.splitlines(), 1) if MACHINE_PATH.search(line)
         ]
     assert found == []
 
@@ -82,7 +80,5 @@ def test_machine_paths_are_recognised() -> None:
 def test_nothing_is_left_to_do(tracked: list[Path], repository: Path) -> None:
     marker = re.compile(r"\b(TODO|FIXME|XXX)\b")
     product = [path for path in tracked if path.relative_to(repository).parts[0] in FOLDERS]
-    marked = [
-        path.name for path in product if path.suffix == ".py" and marker.search(path.read_text("utf-8"))
-    ]
+    marked = [path.name for path in product if path.suffix == ".py" and marker.search(path.read_text("utf-8"))]
     assert marked == []

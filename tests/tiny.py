@@ -135,9 +135,7 @@ def tiny_tensors(config: dict[str, Any], *, layout: str, seed: int) -> dict[str,
     return tensors
 
 
-def _decoder_layer(
-    add: Any, prefix: str, index: int, text: dict[str, Any], *, stacked: bool, layout: str
-) -> None:
+def _decoder_layer(add: Any, prefix: str, index: int, text: dict[str, Any], *, stacked: bool, layout: str) -> None:
     hidden, head_dim = text["hidden_size"], text["head_dim"]
     queries, keys = text["num_attention_heads"] * head_dim, text["num_key_value_heads"] * head_dim
     for name, width in (("q", queries), ("k", keys), ("v", keys)):

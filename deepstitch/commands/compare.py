@@ -27,9 +27,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     help="The checkpoint the bundle was exported from; pytorch and transformers need it.",
 )
 @click.option("--reference", type=_FOLDER, help="The bundle to compare with; --against portable needs it.")
-@click.option(
-    "--case", "cases", multiple=True, metavar="NAME", help="Run only this case; may be given several times."
-)
+@click.option("--case", "cases", multiple=True, metavar="NAME", help="Run only this case; may be given several times.")
 @click.option(
     "--tolerance",
     "settings",
@@ -101,6 +99,4 @@ def command(
         write_html(found, html_file)
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(table_lines(found)))
     if not found.passed:
-        raise ComparisonFailed(
-            f"{bundle} is not what its reference computes: {'; '.join(failure_lines(found))}"
-        )
+        raise ComparisonFailed(f"{bundle} is not what its reference computes: {'; '.join(failure_lines(found))}")

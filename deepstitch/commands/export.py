@@ -22,18 +22,14 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.command("export")
 @click.argument("checkpoint", type=_FOLDER)
 @click.option("-o", "--output", type=_FOLDER, required=True, help="Bundle folder to create.")
-@click.option(
-    "--target", default="ort-cpu", metavar="TARGET", help="What runs the graphs: portable or ort-cpu."
-)
+@click.option("--target", default="ort-cpu", metavar="TARGET", help="What runs the graphs: portable or ort-cpu.")
 @click.option(
     "--weights",
     default="fp32",
     metavar="DTYPE",
     help="What matrices are stored as, fp32 or fp16; arithmetic is fp32.",
 )
-@click.option(
-    "--by-reference", is_flag=True, help="Link the checkpoint's weight files instead of writing a copy."
-)
+@click.option("--by-reference", is_flag=True, help="Link the checkpoint's weight files instead of writing a copy.")
 @click.option(
     "--expert-layout",
     metavar="LAYOUT",

@@ -30,9 +30,7 @@ _SAMPLING_OPTIONS = (
     click.option("--top-k", type=int, default=0, help="Keep the k most probable tokens; 0 keeps all."),
     click.option("--top-p", type=float, default=1.0, help="Keep the most probable tokens up to this sum."),
     click.option("--min-p", type=float, default=0.0, help="Drop tokens below this fraction of the best."),
-    click.option(
-        "--repetition-penalty", type=float, default=1.0, help="Make tokens seen before less probable."
-    ),
+    click.option("--repetition-penalty", type=float, default=1.0, help="Make tokens seen before less probable."),
     click.option("--seed", type=int, help="Make sampling repeatable."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
     click.option("--prefill-chunk", type=int, help="Prompt tokens per decoder call.  [default: all]"),

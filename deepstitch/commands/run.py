@@ -31,9 +31,7 @@ _FILE = click.Path(path_type=Path)
 @click.option("--video", "videos", type=_FILE, multiple=True, help="A clip; may be repeated.")
 @click.option("--system", metavar="TEXT", help="System message.")
 @sampling_options
-@click.option(
-    "--logprobs", type=int, metavar="N", help="Report the N best tokens at each place (with --json)."
-)
+@click.option("--logprobs", type=int, metavar="N", help="Report the N best tokens at each place (with --json).")
 @loading_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when the answer is complete.")
 def command(
@@ -81,8 +79,7 @@ def summary(result: Result) -> str:
             f"preprocess {seconds['preprocess']:.3f} s",
             f"encode {seconds['encode']:.3f} s",
             f"prefill {computed} tokens{cached} {seconds['prefill']:.3f} s ({result.prompt_tps:.0f}/s)",
-            f"decode {result.generated_tokens} tokens {seconds['decode']:.3f} s "
-            f"({result.generation_tps:.0f}/s)",
+            f"decode {result.generated_tokens} tokens {seconds['decode']:.3f} s ({result.generation_tps:.0f}/s)",
         ]
     )
 

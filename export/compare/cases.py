@@ -119,7 +119,5 @@ def select_cases(names: Iterable[str]) -> tuple[Case, ...]:
     known = {case.name: case for case in CASES}
     wanted = set(names)
     for name in sorted(wanted - known.keys()):
-        raise InputError(
-            f"--case {name}: no such case{did_you_mean(name, known)}; there are {', '.join(known)}"
-        )
+        raise InputError(f"--case {name}: no such case{did_you_mean(name, known)}; there are {', '.join(known)}")
     return tuple(case for case in CASES if not wanted or case.name in wanted)

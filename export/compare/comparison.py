@@ -122,9 +122,7 @@ def reference_opener(
     """
     if against == "portable":
         if reference is None:
-            raise InputError(
-                "--against portable needs --reference BUNDLE, a bundle of the same model to compare with"
-            )
+            raise InputError("--against portable needs --reference BUNDLE, a bundle of the same model to compare with")
         other = Bundle.open(reference)
         _same_model(bundle, other)
         return lambda: _polygraphy_candidate(other), (other.manifest.weights,)
@@ -148,14 +146,10 @@ def reference_opener(
     return load, ()
 
 
-def run_reference(
-    opener: ReferenceOpener, inputs: Sequence[CaseInputs], name: str, progress: bool
-) -> list[Stages]:
+def run_reference(opener: ReferenceOpener, inputs: Sequence[CaseInputs], name: str, progress: bool) -> list[Stages]:
     """Load the reference, run every case, and give its memory back."""
     with opener() as reference:
-        expected = [
-            reference.run(each) for each in tqdm(inputs, desc=name, disable=None if progress else True)
-        ]
+        expected = [reference.run(each) for each in tqdm(inputs, desc=name, disable=None if progress else True)]
         del reference
     gc.collect()
     return expected
@@ -163,9 +157,7 @@ def run_reference(
 
 def measure(case: str, actual: Stages, expected: Stages, tolerance: Tolerance) -> list[StageResult]:
     """Compare all stages of one case."""
-    return [
-        compare_stage(case, stage, actual.get(stage), array, tolerance) for stage, array in expected.items()
-    ]
+    return [compare_stage(case, stage, actual.get(stage), array, tolerance) for stage, array in expected.items()]
 
 
 @contextlib.contextmanager

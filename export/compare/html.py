@@ -96,14 +96,11 @@ def _figure(results: Sequence[StageResult]) -> str:
         over = "" if result.passed else " over"
         tip = html.escape(f"{result.case}: {result.error:.2e}")
         parts.append(
-            f'<circle class="dot{over}" cx="{x:.1f}" cy="{y(result.error):.1f}" r="4">'
-            f"<title>{tip}</title></circle>"
+            f'<circle class="dot{over}" cx="{x:.1f}" cy="{y(result.error):.1f}" r="4"><title>{tip}</title></circle>'
         )
         base = _HEIGHT - _BOTTOM + 12
         turn = f'transform="rotate(-40 {x:.1f} {base})"'
-        parts.append(
-            f'<text x="{x:.1f}" y="{base}" text-anchor="end" {turn}>{html.escape(result.case)}</text>'
-        )
+        parts.append(f'<text x="{x:.1f}" y="{base}" text-anchor="end" {turn}>{html.escape(result.case)}</text>')
     kind = "error relative to the largest magnitude" if limit.relative else "absolute error"
     caption = f"{html.escape(results[0].stage)}: {kind}"
     box = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img"'

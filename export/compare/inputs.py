@@ -101,9 +101,7 @@ class InputMaker:
                 ids.append(np.concatenate(list(self._turn_ids(turn, shape, rng, items, pixels))))
                 spans.append(range(first, len(items)))
             decode_ids = rng.choice(self._ids, case.decode)
-            rows.append(
-                RowInputs(turns=tuple(ids), items=tuple(spans), pixels=tuple(pixels), decode_ids=decode_ids)
-            )
+            rows.append(RowInputs(turns=tuple(ids), items=tuple(spans), pixels=tuple(pixels), decode_ids=decode_ids))
         batch = pack(items, self._vision, shape) if items and self._vision and shape else None
         return CaseInputs(case=case, rows=tuple(rows), vision=batch)
 
@@ -121,9 +119,7 @@ class InputMaker:
                 yield rng.choice(self._ids, part.tokens)
             elif shape is not None:
                 item, original = (
-                    self._picture(part, shape, rng)
-                    if isinstance(part, Picture)
-                    else self._clip(part, shape, rng)
+                    self._picture(part, shape, rng) if isinstance(part, Picture) else self._clip(part, shape, rng)
                 )
                 items.append(item)
                 pixels.append(original)
@@ -143,9 +139,7 @@ class InputMaker:
             ids = [model.vision_start_token_id, *[pad] * count, model.vision_end_token_id]
             yield np.array([each for each in ids if each is not None], np.int64)
 
-    def _picture(
-        self, part: Picture, shape: PatchShape, rng: np.random.Generator
-    ) -> tuple[VisualItem, Pixels]:
+    def _picture(self, part: Picture, shape: PatchShape, rng: np.random.Generator) -> tuple[VisualItem, Pixels]:
         side = math.ceil(math.sqrt(self._image_settings.min_pixels / shape.factor**2))
         height, width = ((side + extra) * shape.factor - _OFF_GRID for extra in (part.taller, part.wider))
         pixels = _pattern(rng, height, width)
@@ -157,9 +151,7 @@ class InputMaker:
 
         def item(height: int, width: int) -> tuple[ClipItem, Pixels]:
             frames = np.stack([_pattern(rng, height, width) for _ in range(count)])
-            return ClipItem(
-                VideoClip(frames=frames, do_sample=False), self._video_settings, shape, "clip"
-            ), frames
+            return ClipItem(VideoClip(frames=frames, do_sample=False), self._video_settings, shape, "clip"), frames
 
         _, height, width = item(*wanted)[0].grid
         # At the size the checkpoint's limits lead to: Hugging Face resizes clips with another library, which

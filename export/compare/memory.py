@@ -30,9 +30,7 @@ def free_memory_bytes() -> int:
     """Memory free on the machine, or in this process's control group if that is less."""
     free = [_machine_bytes()]
     try:
-        limit, used = (
-            (_CONTROL_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current")
-        )
+        limit, used = ((_CONTROL_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
         if limit != "max":
             free.append(int(limit) - int(used))
     except (OSError, ValueError):

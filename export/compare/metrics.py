@@ -55,9 +55,7 @@ class StageResult:
         return self.max_rel if self.limit.relative else self.max_abs
 
 
-def compare_stage(
-    case: str, stage: str, actual: Floats | None, expected: Floats, tolerance: Tolerance
-) -> StageResult:
+def compare_stage(case: str, stage: str, actual: Floats | None, expected: Floats, tolerance: Tolerance) -> StageResult:
     """Measure one stage.
 
     Args:
@@ -145,6 +143,4 @@ class _Sums:
         """1 where both are all zeros."""
         if self._actual == 0 and self._expected == 0:
             return 1.0
-        return (
-            self._dot / math.sqrt(self._actual * self._expected) if self._actual and self._expected else 0.0
-        )
+        return self._dot / math.sqrt(self._actual * self._expected) if self._actual and self._expected else 0.0

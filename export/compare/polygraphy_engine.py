@@ -73,9 +73,7 @@ class PolygraphyEngine:
         from polygraphy.logger import G_LOGGER
 
         with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                G_LOGGER.verbosity(G_LOGGER.CRITICAL)
-            )  # it writes to stdout, which may be JSON
+            stack.enter_context(G_LOGGER.verbosity(G_LOGGER.CRITICAL))  # it writes to stdout, which may be JSON
             graphs = {}
             for name in bundle.manifest.graphs:
                 runner = OnnxrtRunner(partial(_session, str(bundle.graph_path(name))), name=name)
@@ -108,8 +106,7 @@ def polygraphy_agrees(actual: Stages, expected: Stages, tolerance: Tolerance) ->
     from polygraphy.logger import G_LOGGER
 
     limits = {
-        stage: tolerance.limit(stage).absolute(float(np.abs(array).max(initial=0)))
-        for stage, array in expected.items()
+        stage: tolerance.limit(stage).absolute(float(np.abs(array).max(initial=0))) for stage, array in expected.items()
     }
     results = RunResults()
     results.add([actual], runner_name="bundle")

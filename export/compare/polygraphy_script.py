@@ -59,8 +59,7 @@ def write_script(
         recorder = _RecordingEngine(bundle, stages)
         Candidate(recorder).run(each)
         decoder += [
-            (name, call, {"logits": logits})
-            for call, logits in _with_logits(recorder.decoder.calls, each, stages)
+            (name, call, {"logits": logits}) for call, logits in _with_logits(recorder.decoder.calls, each, stages)
         ]
     graphs = {VISION_ENCODER: vision, DECODER: decoder} if vision else {DECODER: decoder}
     try:
@@ -84,9 +83,7 @@ class _RecordingGraph:
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundRun:
         """See :meth:`deepstitch.runtime.engine.GraphRunner.bind`."""
-        return partial(
-            self._record, {name: array for name, array in inputs.items() if not name.startswith(_CACHE)}
-        )
+        return partial(self._record, {name: array for name, array in inputs.items() if not name.startswith(_CACHE)})
 
     def _record(self, inputs: Mapping[str, Array]) -> None:
         self.calls.append({name: array.copy() for name, array in inputs.items()})
@@ -115,11 +112,7 @@ def _with_logits(calls: Sequence[Call], inputs: CaseInputs, stages: Stages) -> l
     lengths = [len(row.prompt) for row in inputs.rows]
     steps = [len(row.decode_ids) for row in inputs.rows]
     prefill = np.split(stages[PREFILL], np.cumsum(lengths)[:-1])
-    decode = (
-        np.split(stages[DECODE], np.cumsum(steps)[:-1])
-        if DECODE in stages
-        else [each[:0] for each in prefill]
-    )
+    decode = np.split(stages[DECODE], np.cumsum(steps)[:-1]) if DECODE in stages else [each[:0] for each in prefill]
     rows = [np.concatenate(parts) for parts in zip(prefill, decode, strict=True)]
     paired = []
     for call in calls:

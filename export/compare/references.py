@@ -50,8 +50,7 @@ class PyTorchReference:
 
         with torch.inference_mode():
             encoded = [
-                self._encode(inputs, item)
-                for item in range(len(inputs.vision.grid_thw) if inputs.vision else 0)
+                self._encode(inputs, item) for item in range(len(inputs.vision.grid_thw) if inputs.vision else 0)
             ]
             rows = [self._row(inputs, row, encoded) for row in inputs.rows]
         embeddings, prefill, decode = (list(column) for column in zip(*rows, strict=True))
@@ -71,9 +70,7 @@ class PyTorchReference:
             **{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         )
 
-    def _row(
-        self, inputs: CaseInputs, row: RowInputs, encoded: list[tuple[Any, Any]]
-    ) -> tuple[Floats, Floats, Floats]:
+    def _row(self, inputs: CaseInputs, row: RowInputs, encoded: list[tuple[Any, Any]]) -> tuple[Floats, Floats, Floats]:
         """Merged embeddings, prefill logits and decode logits of one row."""
         import torch
 
@@ -81,16 +78,12 @@ class PyTorchReference:
         ids = torch.from_numpy(np.concatenate([row.prompt, row.decode_ids]))[None]
         deepstack = None
         if row.all_items:
-            visual = [
-                torch.cat(parts) for parts in zip(*(encoded[item] for item in row.all_items), strict=True)
-            ]
+            visual = [torch.cat(parts) for parts in zip(*(encoded[item] for item in row.all_items), strict=True)]
             embeds, deepstack = model.merge(ids, *visual)
         else:
             embeds = model.embed_tokens(ids)
         positions = torch.from_numpy(self._positions(inputs, row))[:, None]
-        logits = model.lm_head(model.language_model(embeds, positions, input_deepstack_embeds=deepstack))[
-            0
-        ].numpy()
+        logits = model.lm_head(model.language_model(embeds, positions, input_deepstack_embeds=deepstack))[0].numpy()
         prompt = len(row.prompt)
         return embeds[0, :prompt].numpy(), logits[:prompt], logits[prompt:]
 

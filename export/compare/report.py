@@ -54,10 +54,7 @@ class Comparison:
             **raw,
             "tolerance": dataclasses.asdict(self.tolerance),
             "results": [
-                {
-                    key: None if _unbounded(value) else value
-                    for key, value in dataclasses.asdict(result).items()
-                }
+                {key: None if _unbounded(value) else value for key, value in dataclasses.asdict(result).items()}
                 for result in self.results
             ],
             "skipped": self.skipped,
@@ -124,11 +121,7 @@ def summary_line(comparison: Comparison) -> str:
     rows, ties = sum(r.rows for r in logits), sum(r.near_tie_disagreements for r in logits)
     agree = rows - ties - sum(r.disagreements for r in logits)
     failed = len({result.case for result in comparison.results if not result.passed})
-    outcome = (
-        f"{failed} of {len(comparison.cases)} cases FAILED"
-        if failed
-        else f"{len(comparison.cases)} cases passed"
-    )
+    outcome = f"{failed} of {len(comparison.cases)} cases FAILED" if failed else f"{len(comparison.cases)} cases passed"
     outcome = outcome if failed or comparison.passed else "Polygraphy's comparator FAILED"
     over = sum(r.rows_over for r in logits)
     let_pass = f", {over} positions over" if over else ""

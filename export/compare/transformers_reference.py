@@ -43,13 +43,10 @@ class TransformersReference:
         loader = getattr(transformers, _CLASSES.get(model.model_type, ""), None)
         if loader is None:
             raise UnsupportedError(
-                f"transformers {transformers.__version__} has no class for '{model.model_type}'; "
-                "install transformers 5"
+                f"transformers {transformers.__version__} has no class for '{model.model_type}'; install transformers 5"
             )
         with _quiet(transformers):
-            self._model = loader.from_pretrained(
-                checkpoint, dtype=torch.float32, attn_implementation="sdpa"
-            ).eval()
+            self._model = loader.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
             has_vision = model.image_token_id is not None
             load_processor = transformers.AutoImageProcessor.from_pretrained
             self._images = load_processor(checkpoint, backend="pil") if has_vision else None
@@ -57,13 +54,9 @@ class TransformersReference:
         self._seen: dict[str, Any] = {}
         if has_vision:
             self._model.model.visual.register_forward_hook(self._keep_vision)
-            self._model.model.language_model.register_forward_pre_hook(
-                self._keep_embeddings, with_kwargs=True
-            )
+            self._model.model.language_model.register_forward_pre_hook(self._keep_embeddings, with_kwargs=True)
         else:
-            self._model.model.embed_tokens.register_forward_hook(
-                lambda _, __, out: self._seen.update(embeddings=out)
-            )
+            self._model.model.embed_tokens.register_forward_hook(lambda _, __, out: self._seen.update(embeddings=out))
 
     def run(self, inputs: CaseInputs) -> Stages:
         """All stages of one case.
@@ -81,9 +74,7 @@ class TransformersReference:
                 with torch.inference_mode():
                     output = self._model(input_ids=ids, use_cache=False, **self._visual_inputs(row, ids))
             except ValueError as error:
-                raise ComparisonFailed(
-                    f"case {inputs.case.name}: transformers refuses the inputs ({error})"
-                ) from None
+                raise ComparisonFailed(f"case {inputs.case.name}: transformers refuses the inputs ({error})") from None
             logits, prompt = output.logits[0].numpy(), len(row.prompt)
             embeddings.append(self._seen["embeddings"][0, :prompt].numpy())
             prefill.append(logits[:prompt])

@@ -45,5 +45,7 @@ def target(name: str) -> Target:
     """
     known = _targets()
     if name not in known:
-        raise UnsupportedError(f"--target {name}: not a target{did_you_mean(name, known)}; targets are {', '.join(known)}")
+        raise UnsupportedError(
+            f"--target {name}: not a target{did_you_mean(name, known)}; targets are {', '.join(known)}"
+        )
     return known[name]

@@ -19,7 +19,8 @@ __all__ = ["TARGET"]
 # The kernel writes the cache itself, in place where past and present are bound to the same memory.
 _CACHED_ATTENTION = """
 CachedAttention <num_heads, kv_num_heads, scale>
-    (query, key, value, past_key, past_value, past_lengths, query_lengths) => (output, present_key, present_value)
+    (query, key, value, past_key, past_value, past_lengths, query_lengths) => (output, present_key,
+    present_value)
 {
     one = Constant <value = int32[1] {1}> ()
     total_lengths = Add (past_lengths, query_lengths)

@@ -13,8 +13,8 @@ __all__ = ["MoEToOrt"]
 class MoEToOrt(ir.passes.InPlacePass):
     """``deepstitch.MoEExperts`` becomes ``com.microsoft.MoE``.
 
-    1. The first weight ``[E, H, 2I]`` is stored as ``[E, 2I, H]`` with gate and up rows alternating: row ``2j`` is gate
-       ``j``, row ``2j + 1`` is up ``j``. The CPU kernel takes SwiGLU in this order only.
+    1. The first weight ``[E, H, 2I]`` is stored as ``[E, 2I, H]`` with gate and up rows alternating: row
+       ``2j`` is gate ``j``, row ``2j + 1`` is up ``j``. The CPU kernel takes SwiGLU in this order only.
     2. The second weight ``[E, I, H]`` is stored as ``[E, H, I]``.
     3. Router logits become ``[n, E]``; softmax, top-k and renormalisation happen inside the kernel.
 

@@ -14,10 +14,12 @@ _INTERLEAVED_LAYOUT = 1  # the rule of Qwen3-VL; 0 is Qwen2.5-VL's sections
 class MRotaryToOrt(ir.passes.InPlacePass):
     """RotaryEmbedding fed by MRotaryCosSin becomes ``com.microsoft.MRotaryEmbedding`` layout 1.
 
-    The operator looks positions up in a cosine table. A table up to the longest context would be weights of hundreds of
-    megabytes, so the table holds just the ``3*B*S`` positions of this call and the operator is given their row numbers.
+    The operator looks positions up in a cosine table. A table up to the longest context would be weights of
+    hundreds of megabytes, so the table holds just the ``3*B*S`` positions of this call and the operator is
+    given their row numbers.
 
-    1. Once per graph: ``angles = position_ids.flatten() * inv_freq``, its cosine and sine, and row numbers ``[3, B, S]``.
+    1. Once per graph: ``angles = position_ids.flatten() * inv_freq``, its cosine and sine, and row numbers
+       ``[3, B, S]``.
     2. Every RotaryEmbedding on MRotaryCosSin's outputs takes those and selects t, h, w inside the kernel.
 
     Ensures: no MRotaryCosSin node is left.
@@ -45,9 +47,7 @@ class MRotaryToOrt(ir.passes.InPlacePass):
         numbers = ir.node("Range", [zero.outputs[0], count.outputs[0], one.outputs[0]])
         shape = ir.node("Shape", [position_ids])
         rows = ir.node("Reshape", [numbers.outputs[0], shape.outputs[0]])
-        graph.insert_before(
-            source, (column, flat, as_float, angles, cos, sin, zero, one, count, numbers, shape, rows)
-        )
+        graph.insert_before(source, (column, flat, as_float, angles, cos, sin, zero, one, count, numbers, shape, rows))
         for rotary in dict.fromkeys(user for output in source.outputs for user, _ in output.uses()):
             rotated = ir.node(
                 "MRotaryEmbedding",

@@ -52,9 +52,7 @@ def main() -> tuple[str, str]:
             positions, _ = mrope_position_ids(
                 np.array([ids + answer]), [grid], visual_token_ids=[model.config.image_token_id], merge_size=2
             )
-            hidden = model.language_model(
-                embeds, torch.from_numpy(positions), input_deepstack_embeds=deepstack
-            )
+            hidden = model.language_model(embeds, torch.from_numpy(positions), input_deepstack_embeds=deepstack)
             answer.append(int(model.lm_head(hidden[0, -1]).argmax()))
             embeds = torch.cat([embeds, model.embed_tokens(torch.tensor([answer[-1:]]))], dim=1)
             deepstack = torch.nn.functional.pad(deepstack, (0, 0, 0, 1))  # a text token adds zeros

@@ -38,9 +38,7 @@ def write_pictures(folder: Path = PICTURES) -> None:
     for episode, question in example_episodes():
         name = f"{question.task}.png"
         Image.fromarray(episode.pixels()[0]).save(folder / name, optimize=True)
-        entries.append(
-            {"image": name, "task": question.task, "question": question.text, "answer": question.answer}
-        )
+        entries.append({"image": name, "task": question.task, "question": question.text, "answer": question.answer})
     (folder / "questions.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 

@@ -95,9 +95,7 @@ def sprite(shape: str, radius: int) -> np.ndarray:
     return coverage[:, :, None]
 
 
-def _place_sign(
-    rng: random.Random, picture: Picture, free: set[tuple[int, int]], kind: str, length: int
-) -> None:
+def _place_sign(rng: random.Random, picture: Picture, free: set[tuple[int, int]], kind: str, length: int) -> None:
     characters = DIGITS if kind == "number" else LETTERS
     text = "".join(rng.choice(characters) for _ in range(length))
     if kind == "number" and length > 1 and text[0] == "0":

@@ -87,23 +87,18 @@ class Report:
         """Returns the tables of the model card, in Markdown."""
         lines = ["| task | questions | exact match | DeepStack rows zeroed |", "|---|---|---|---|"]
         for name, score in [*sorted(self.tasks.items()), ("**all**", self.total)]:
-            right, without = (
-                100 * n / score.questions for n in (score.correct, score.correct_without_deepstack)
-            )
+            right, without = (100 * n / score.questions for n in (score.correct, score.correct_without_deepstack))
             lines.append(f"| {name} | {score.questions} | {right:.1f} % | {without:.1f} % |")
         header = " | ".join(f"expert {index}" for index in range(len(self.expert_share[0])))
         lines += ["", f"| layer | {header} |", "|---" * (len(self.expert_share[0]) + 1) + "|"]
         for layer, expert_shares in enumerate(self.expert_share):
-            lines.append(
-                f"| {layer} | " + " | ".join(f"{100 * share:.1f} %" for share in expert_shares) + " |"
-            )
+            lines.append(f"| {layer} | " + " | ".join(f"{100 * share:.1f} %" for share in expert_shares) + " |")
         return "\n".join(lines)
 
     def to_json(self) -> str:
         """Returns the report as one JSON object."""
         return json.dumps(
-            asdict(self)
-            | {"accuracy": self.accuracy, "accuracy_without_deepstack": self.accuracy_without_deepstack}
+            asdict(self) | {"accuracy": self.accuracy, "accuracy_without_deepstack": self.accuracy_without_deepstack}
         )
 
 
@@ -115,9 +110,7 @@ class _ExpertCounter:
         self.top_k = config.num_experts_per_tok
         self.counts = torch.zeros(config.num_hidden_layers, config.num_experts)
         self.real = torch.zeros(0, dtype=torch.bool)
-        self._handles = [
-            gate.register_forward_hook(self._hook(index)) for index, gate in enumerate(gates(model))
-        ]
+        self._handles = [gate.register_forward_hook(self._hook(index)) for index, gate in enumerate(gates(model))]
 
     def _hook(self, index: int):  # type: ignore[no-untyped-def]  # noqa: ANN202
         def count(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
@@ -139,9 +132,7 @@ def held_out_batches(episodes: Mapping[str, int]) -> Iterator[Batch]:
             yield pack([make_episode(HELD_OUT, kind, index) for index in indices])
 
 
-def correct_questions(
-    model: Qwen3VLMoeForConditionalGeneration, batch: Batch, *, use_deepstack: bool
-) -> list[bool]:
+def correct_questions(model: Qwen3VLMoeForConditionalGeneration, batch: Batch, *, use_deepstack: bool) -> list[bool]:
     """Returns for each question of a batch whether its whole answer is right."""
     predicted = run(model, batch, use_deepstack=use_deepstack).logits.argmax(-1)
     wrong = predicted != torch.from_numpy(batch.targets)
@@ -194,9 +185,7 @@ def load_sample(folder: Path = CHECKPOINT) -> Qwen3VLMoeForConditionalGeneration
 
 
 @click.command(help=__doc__)
-@click.argument(
-    "checkpoint", default=CHECKPOINT, type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@click.argument("checkpoint", default=CHECKPOINT, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--share", default=1.0, show_default=True, help="Share of the held-out episodes to score.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def main(checkpoint: Path, share: float, as_json: bool) -> None:

@@ -83,9 +83,7 @@ def run(
         flat = flat.index_copy(0, rows, placed)
         if use_deepstack:
             extra = torch.cat([tap for _, tap in encoded])
-            deepstack = (
-                extra.new_zeros(len(flat), extra.shape[1]).index_copy(0, rows, extra).view(*ids.shape, -1)
-            )
+            deepstack = extra.new_zeros(len(flat), extra.shape[1]).index_copy(0, rows, extra).view(*ids.shape, -1)
     hidden = model.language_model(
         flat.view_as(embeds),
         torch.from_numpy(batch.position_ids),

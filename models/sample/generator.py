@@ -96,9 +96,7 @@ def make_episode(
         lead, questions = text_tasks.make(rng, kind, fillers)
         return Episode(
             prefix=(lead,) if lead else (),
-            questions=tuple(
-                Question(task=task, text=text, answer=answer) for task, text, answer in questions
-            ),
+            questions=tuple(Question(task=task, text=text, answer=answer) for task, text, answer in questions),
             seed=seed,
         )
     if sizes is None:
@@ -118,9 +116,7 @@ def draw_sizes(rng: random.Random, kind: str) -> list[tuple[int, int]]:
         return [_size(rng, 160) for _ in range(rng.randint(2, 4))]
     if kind == "album":
         return [_size(rng, 128) for _ in range(rng.randint(5, 12))]
-    return [
-        (rng.choice((160, 192, 224)), rng.choice((160, 192, 224, 256))) for _ in range(rng.randint(36, 48))
-    ]
+    return [(rng.choice((160, 192, 224)), rng.choice((160, 192, 224, 256))) for _ in range(rng.randint(36, 48))]
 
 
 def _size(rng: random.Random, largest: int) -> tuple[int, int]:
@@ -321,9 +317,7 @@ def _which(rng: random.Random, pictures: list[Picture]) -> Question | None:
         if len(holders) == 1:
             noun = f"{name} shape" if name in COLOR_NAMES else name
             article = "an" if noun[0] in "aeiou" else "a"
-            return Question(
-                task="which picture", text=f"Which picture has {article} {noun}?", answer=str(index + 1)
-            )
+            return Question(task="which picture", text=f"Which picture has {article} {noun}?", answer=str(index + 1))
     return None
 
 

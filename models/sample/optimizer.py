@@ -79,19 +79,11 @@ class Muon(torch.optim.Optimizer):
 
 def _block_shape(parameter: nn.Parameter) -> tuple[int, int]:
     """Returns the shape of the matrices to orthogonalize; large ones are cut into row blocks."""
-    rows, columns = (
-        (parameter.shape[0], parameter[0].numel()) if parameter.dim() != 3 else parameter.shape[1:]
-    )
-    return (
-        (_ROW_BLOCK, columns)
-        if rows > _ROW_BLOCK and rows % _ROW_BLOCK == 0 and columns > 128
-        else (rows, columns)
-    )
+    rows, columns = (parameter.shape[0], parameter[0].numel()) if parameter.dim() != 3 else parameter.shape[1:]
+    return (_ROW_BLOCK, columns) if rows > _ROW_BLOCK and rows % _ROW_BLOCK == 0 and columns > 128 else (rows, columns)
 
 
-def build_optimizers(
-    model: nn.Module, others: nn.Module, rank: int, size: int
-) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, others: nn.Module, rank: int, size: int) -> list[torch.optim.Optimizer]:
     """Returns Muon for the model's matrices and AdamW for embeddings, router, norms, biases and `others`.
 
     With several processes each updates its own part: rank 0 has AdamW, and the matrices are dealt out by

@@ -100,8 +100,7 @@ def micro_batch(plan: MemoryPlan, weights: dict[str, float], number: int, rank: 
     count = max(1, min(_MOST_EPISODES, plan.limit_bytes // size_bytes))
     first = (number * _MOST_PROCESSES + rank) * _MOST_EPISODES
     episodes: list[Episode] = [
-        make_episode(TRAIN, kind, first + index, sizes=sizes or None, fillers=fillers)
-        for index in range(count)
+        make_episode(TRAIN, kind, first + index, sizes=sizes or None, fillers=fillers) for index in range(count)
     ]
     return pack(episodes), count * size_bytes
 

@@ -85,9 +85,7 @@ def build_tokenizer() -> Tokenizer:
     words = [word for word in vocabulary() if len(word) > 1 and word.isalpha()]
     corpus = [*words, *(f" {word}" for word in words), *_PUNCTUATION]
     tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
 
 

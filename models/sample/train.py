@@ -35,8 +35,8 @@ from deepstitch.models.vl import Qwen3VLMoeForConditionalGeneration
 
 ROUTER_LOSS = 0.01
 MIDDLE_LAYER = 3
-# In this share of micro-batches the image embeddings stand at wrong tokens and only the DeepStack rows tell the
-# truth; otherwise the model would learn to do without them.
+# In this share of micro-batches the image embeddings stand at wrong tokens and only the DeepStack rows tell
+# the truth; otherwise the model would learn to do without them.
 SHUFFLED_SHARE = 0.5
 MUON_RATE, ADAM_RATE = 3e-3, 1.5e-3
 
@@ -58,9 +58,7 @@ class Router:
         losses = []
         for logits in self.logits:
             probabilities = logits.softmax(-1)
-            chosen = torch.zeros_like(logits).scatter_(
-                1, logits.detach().topk(self.top_k, dim=-1).indices, 1.0
-            )
+            chosen = torch.zeros_like(logits).scatter_(1, logits.detach().topk(self.top_k, dim=-1).indices, 1.0)
             share = chosen.mean(0) / self.top_k
             losses.append((share * probabilities.mean(0)).sum() * logits.shape[-1])
         self.logits = []
@@ -168,9 +166,7 @@ def mention_weight(progress: float) -> float:
 class Trainer:
     """One training run and everything its state file holds."""
 
-    def __init__(
-        self, out: Path, seconds: float, plan: MemoryPlan, processes: int, always_checkpoint: bool
-    ) -> None:
+    def __init__(self, out: Path, seconds: float, plan: MemoryPlan, processes: int, always_checkpoint: bool) -> None:
         self.out, self.seconds, self.plan, self.always_checkpoint = out, seconds, plan, always_checkpoint
         torch.manual_seed(0)
         torch.set_num_threads(1)
@@ -221,9 +217,7 @@ class Trainer:
         targets, all_rows = self.team.sum_counters(rank, (own, sum(rows))).tolist()
         total = 0.0
         for batch, count in zip(batches, rows, strict=True):
-            self.checkpointing.active = (
-                self.always_checkpoint or batch_bytes(batch) > 1.5 * self.plan.limit_bytes
-            )
+            self.checkpointing.active = self.always_checkpoint or batch_bytes(batch) > 1.5 * self.plan.limit_bytes
             output = run(self.model, batch, shuffle=torch.rand(1).item() < SHUFFLED_SHARE)
             wanted = torch.from_numpy(batch.targets)
             answer = F.cross_entropy(output.logits, wanted, reduction="sum") / targets
@@ -305,28 +299,20 @@ class Trainer:
 
     def report(self, loss: float) -> str:
         """Returns one line with the smoothed training accuracy per task."""
-        tasks = " ".join(
-            f"{task.replace(' ', '-')}={value:.2f}" for task, value in sorted(self.recent.items())
-        )
+        tasks = " ".join(f"{task.replace(' ', '-')}={value:.2f}" for task, value in sorted(self.recent.items()))
         counts = f"pictures {self.pictures} questions {self.questions}"
         return f"{self.clock.item():.0f}s step {self.step} loss {loss:.3f} {counts} {tasks}"
 
 
 @click.command(help=__doc__)
 @click.option("--minutes", default=75.0, show_default=True, help="Training time, over all resumed parts.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder for state.pt and checkpoint/."
-)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for state.pt and checkpoint/.")
 @click.option("--processes", default=2, show_default=True, help="Single-threaded processes; one per core.")
-@click.option(
-    "--memory-mb", default=300, show_default=True, help="Activation memory a process's micro-batch may keep."
-)
+@click.option("--memory-mb", default=300, show_default=True, help="Activation memory a process's micro-batch may keep.")
 @click.option("--checkpoint-layers/--checkpoint-long-only", default=False, show_default=True,
               help="Recompute every batch's layers, or only those of batches over the limit.")  # fmt: skip
 @click.option("--save-every", default=180.0, show_default=True, help="Seconds between saved states.")
-def main(
-    minutes: float, out: Path, processes: int, memory_mb: int, checkpoint_layers: bool, save_every: float
-) -> None:
+def main(minutes: float, out: Path, processes: int, memory_mb: int, checkpoint_layers: bool, save_every: float) -> None:
     """Runs the command line."""
     keep_memory()
     out.mkdir(parents=True, exist_ok=True)

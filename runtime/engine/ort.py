@@ -66,9 +66,7 @@ def _run_bound(session: onnxruntime.InferenceSession, binding: Any, keep_alive: 
 class OrtEngine:
     """The graphs of a bundle as ONNX Runtime sessions; weights are memory-mapped from the bundle's files."""
 
-    def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, graphs: Collection[str] | None = None
-    ) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, graphs: Collection[str] | None = None) -> None:
         """Load and check the graphs.
 
         Args:

@@ -56,9 +56,7 @@ def cache_tensors(decoder: Graph) -> tuple[CacheTensor, ...]:
                 f"{decoder.file}: cache input '{spec.name}' {list(spec.shape)} needs an output '{present}' "
                 "and a shape [batch, heads, capacity, width] of fixed heads and width; export again"
             )
-        tensors.append(
-            CacheTensor(past=spec.name, present=present, heads=heads, width=width, dtype=spec.dtype)
-        )
+        tensors.append(CacheTensor(past=spec.name, present=present, heads=heads, width=width, dtype=spec.dtype))
     return tuple(tensors)
 
 

@@ -48,9 +48,7 @@ class ChatTemplate:
         folder = Path(folder)
         config_path = folder / "tokenizer_config.json"
         config = read_json(config_path) or {}
-        variables = {
-            name: _spelling(config[name]) for name in _SPECIAL_TOKENS if config.get(name) is not None
-        }
+        variables = {name: _spelling(config[name]) for name in _SPECIAL_TOKENS if config.get(name) is not None}
         path = folder / "chat_template.jinja"
         if path.is_file():
             return cls(path.read_text("utf-8"), where=str(path), variables=variables)
@@ -124,9 +122,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """JSON without HTML escapes, unlike jinja2's own filter."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> None:

@@ -67,9 +67,7 @@ def load_image(source: ImageSource, label: str = "image") -> Image.Image:
         return Image.fromarray(_array_to_rgb(np.asarray(source), label))
     if hasattr(source, "read"):
         return _decode(_open(source, label), label)
-    raise InputError(
-        f"{label}: cannot be read as a picture; pass a path, bytes, a PIL image or a numpy array"
-    )
+    raise InputError(f"{label}: cannot be read as a picture; pass a path, bytes, a PIL image or a numpy array")
 
 
 def _file_or_data(text: str | bytes, label: str) -> Path | io.BytesIO:
@@ -107,9 +105,7 @@ def _decode(image: Image.Image, label: str) -> Image.Image:
     if width < 1 or height < 1:
         raise InputError(f"{label}: {width}x{height} pixels; the picture is empty")
     if width * height > MAX_IMAGE_PIXELS:
-        raise InputError(
-            f"{label}: {width}x{height} is more than {MAX_IMAGE_PIXELS:,} pixels; reduce it first"
-        )
+        raise InputError(f"{label}: {width}x{height} is more than {MAX_IMAGE_PIXELS:,} pixels; reduce it first")
     try:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image), label)
@@ -127,9 +123,7 @@ def _to_rgb(image: Image.Image, label: str) -> Image.Image:
     if image.mode == "I":  # how older versions of Pillow open a 16-bit PNG
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise InputError(
-                f"{label}: 32-bit values {values.min()}..{values.max()}; convert it to 8 or 16 bits"
-            )
+            raise InputError(f"{label}: 32-bit values {values.min()}..{values.max()}; convert it to 8 or 16 bits")
         return Image.fromarray(_wide_to_uint8(values)).convert("RGB")
     if image.mode == "F":
         return Image.fromarray(_array_to_rgb(np.asarray(image), label))
@@ -182,9 +176,7 @@ def _array_to_rgb(array: npt.NDArray[Any], label: str) -> npt.NDArray[np.uint8]:
     if array.size == 0:
         raise InputError(f"{label}: shape {array.shape}; the picture is empty")
     if array.size // array.shape[-1] > MAX_IMAGE_PIXELS:
-        raise InputError(
-            f"{label}: shape {array.shape} is more than {MAX_IMAGE_PIXELS:,} pixels; reduce it first"
-        )
+        raise InputError(f"{label}: shape {array.shape} is more than {MAX_IMAGE_PIXELS:,} pixels; reduce it first")
     values = np.ascontiguousarray(array_to_uint8(array, label))
     if values.shape[-1] == 1:
         return np.repeat(values, 3, axis=-1)

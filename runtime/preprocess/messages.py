@@ -18,9 +18,7 @@ _MEDIA_KEYS = {
 _PART_TYPES = ("text", "image", "image_url", "video", "video_url")
 
 
-def conversation(
-    messages: str | Sequence[Message], images: Sequence[Any], videos: Sequence[Any]
-) -> Sequence[Message]:
+def conversation(messages: str | Sequence[Message], images: Sequence[Any], videos: Sequence[Any]) -> Sequence[Message]:
     """A bare string becomes one user turn, with a placeholder per image and clip before the text."""
     if not isinstance(messages, str):
         return messages
@@ -80,14 +78,10 @@ def _part(part: Any, where: str, found: dict[str, list[Any]], given: dict[str, A
     kind = part.get("type") or next((key for key in _PART_TYPES if key in part), None)
     if kind not in _PART_TYPES:
         expected = ", ".join(f"'{name}'" for name in _PART_TYPES)
-        raise InputError(
-            f"{where} has type {kind!r}{did_you_mean(str(kind), _PART_TYPES)}; supported are {expected}"
-        )
+        raise InputError(f"{where} has type {kind!r}{did_you_mean(str(kind), _PART_TYPES)}; supported are {expected}")
     if kind == "text":
         if not isinstance(part.get("text"), str):
-            raise InputError(
-                f"{where} is a text part whose 'text' is {part.get('text')!r}; it must be a string"
-            )
+            raise InputError(f"{where} is a text part whose 'text' is {part.get('text')!r}; it must be a string")
         return {**_plain(part), "type": "text"}
     medium = kind.removesuffix("_url")
     keys = _MEDIA_KEYS[medium]

@@ -43,9 +43,7 @@ class PatchShape:
         return self.size * self.merge
 
 
-def normalisation_table(
-    rescale_factor: float, mean: Sequence[float], std: Sequence[float]
-) -> npt.NDArray[np.float32]:
+def normalisation_table(rescale_factor: float, mean: Sequence[float], std: Sequence[float]) -> npt.NDArray[np.float32]:
     """``[C, 256]`` float32: the normalised value of every 8-bit value of every channel.
 
     Rounds where HF does: the product in double precision, the rest in single.

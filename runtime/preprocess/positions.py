@@ -171,7 +171,5 @@ def mrope_position_ids(
         positions[:, row, valid[row]] = queue.extend(ids[row, valid[row]])
         deltas[row] = queue.rope_delta
         if queue._used or (queue.inside_item and row == len(ids) - 1):
-            raise InputError(
-                f"row {row} holds fewer visual tokens than its images and videos have; was it truncated?"
-            )
+            raise InputError(f"row {row} holds fewer visual tokens than its images and videos have; was it truncated?")
     return positions, deltas

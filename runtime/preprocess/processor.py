@@ -63,9 +63,7 @@ class Processor:
         self._end = self._spelling("vision_end_token_id")
 
     @classmethod
-    def from_folder(
-        cls, folder: str | Path, model: ModelFacts, vision: VisionFacts | None = None
-    ) -> Processor:
+    def from_folder(cls, folder: str | Path, model: ModelFacts, vision: VisionFacts | None = None) -> Processor:
         """Read the tokenizer, the chat template and the pixel settings of a bundle or checkpoint folder.
 
         Args:
@@ -125,9 +123,7 @@ class Processor:
         )
         return self.from_text(text, images=images, videos=videos)
 
-    def from_text(
-        self, text: str, *, images: Sequence[ImageSource] = (), videos: Sequence[VideoSource] = ()
-    ) -> Prompt:
+    def from_text(self, text: str, *, images: Sequence[ImageSource] = (), videos: Sequence[VideoSource] = ()) -> Prompt:
         """Prepare a prompt that is already rendered, with one placeholder per image and clip.
 
         Args:
@@ -201,9 +197,7 @@ class Processor:
             pieces[index] += "".join(steps)
         return "".join(pieces)
 
-    def _expand(
-        self, ids: npt.NDArray[np.int64], grid: npt.NDArray[np.int64] | None
-    ) -> npt.NDArray[np.int64]:
+    def _expand(self, ids: npt.NDArray[np.int64], grid: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
         """Repeat each placeholder id once per visual token of its image or time step."""
         if grid is None:
             return ids

@@ -148,9 +148,7 @@ def _pixels(
             "resample": int(Image.Resampling(3 if raw.get("resample") is None else raw["resample"])),
         }
     except (AttributeError, TypeError, ValueError, KeyError) as error:
-        raise BundleError(
-            f"{where}: size, image_mean, image_std or resample is malformed ({error})"
-        ) from None
+        raise BundleError(f"{where}: size, image_mean, image_std or resample is malformed ({error})") from None
     if raw.get("do_rescale") is False:
         values["rescale_factor"] = 1.0
     if raw.get("do_normalize") is False:
@@ -189,9 +187,7 @@ def _check_steps(raw: dict[str, Any], where: Path, vision: VisionFacts) -> None:
     if raw.get("do_resize") is False:
         raise UnsupportedError(f"{where}: do_resize is false; pictures must be resized to whole patches")
     if vision.in_channels != 3:
-        raise UnsupportedError(
-            f"the vision encoder takes {vision.in_channels} channels; preprocessing makes RGB, 3"
-        )
+        raise UnsupportedError(f"the vision encoder takes {vision.in_channels} channels; preprocessing makes RGB, 3")
     expected = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
@@ -199,6 +195,4 @@ def _check_steps(raw: dict[str, Any], where: Path, vision: VisionFacts) -> None:
     }
     for key, value in expected.items():
         if raw.get(key) not in (None, value):
-            raise BundleError(
-                f"{where}: {key} is {raw[key]}, the model has {value}; copy the file of this checkpoint"
-            )
+            raise BundleError(f"{where}: {key} is {raw[key]}, the model has {value}; copy the file of this checkpoint")

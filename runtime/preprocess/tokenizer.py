@@ -38,9 +38,7 @@ class Tokenizer:
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises bare Exception
-            raise BundleError(
-                f"{path}: not a tokenizer ({error}); copy it again from the checkpoint"
-            ) from None
+            raise BundleError(f"{path}: not a tokenizer ({error}); copy it again from the checkpoint") from None
 
     @property
     def vocab_size(self) -> int:
@@ -56,9 +54,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(
-                f"the prompt is not valid Unicode text ({error.reason} at {error.start})"
-            ) from None
+            raise InputError(f"the prompt is not valid Unicode text ({error.reason} at {error.start})") from None
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:

@@ -117,9 +117,7 @@ class _ListFrames:
             yield frame
 
 
-def frame_indices(
-    num_frames: int, fps: float, settings: VideoSettings, do_sample: bool | None = None
-) -> list[int]:
+def frame_indices(num_frames: int, fps: float, settings: VideoSettings, do_sample: bool | None = None) -> list[int]:
     """Indices of the frames to take, evenly spread from the first to the last.
 
     Args:

@@ -45,9 +45,7 @@ class FileFrames:
                 lambda: sum(packet.size > 0 for packet in container.demux(stream))
             )
         if self.num_frames < 1 or self.fps <= 0:
-            raise InputError(
-                f"{label}: {self.num_frames} frames at {self.fps:g} per second; is the file complete?"
-            )
+            raise InputError(f"{label}: {self.num_frames} frames at {self.fps:g} per second; is the file complete?")
 
     def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         """Yield the RGB frames at ``indices``; where the file ends early, its last frame is repeated.

@@ -53,9 +53,7 @@ def vision_inputs(grid_thw: npt.ArrayLike, facts: VisionFacts) -> VisionInputs:
     for (steps, height, width), count in zip(grid.tolist(), patches.tolist(), strict=True):
         rows = slice(start, start + count)
         row, column = _merge_block_order(height, width, facts.spatial_merge_size)
-        _write_taps(
-            indices[:, rows], weights[:, rows], row, column, height, width, steps, facts.num_grid_per_side
-        )
+        _write_taps(indices[:, rows], weights[:, rows], row, column, height, width, steps, facts.num_grid_per_side)
         for out, table in ((cos[rows], cos_table), (sin[rows], sin_table)):
             frames = out.reshape(steps, height * width, 2 * quarter)
             frames[..., :quarter] = table[row]

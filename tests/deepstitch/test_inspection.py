@@ -22,9 +22,7 @@ FAMILIES = ("qwen3_vl_moe", "qwen3_vl", "qwen3_moe", "qwen3")
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_parameters_are_those_of_the_model(
-    tiny_checkpoint: Callable[..., Path], family: str, tied: bool
-) -> None:
+def test_parameters_are_those_of_the_model(tiny_checkpoint: Callable[..., Path], family: str, tied: bool) -> None:
     from deepstitch.models import load_model
 
     folder = tiny_checkpoint(family, tied=tied, shards=2, dtype="BF16")
@@ -121,9 +119,7 @@ def test_report_and_json_agree(tiny_checkpoint: Callable[..., Path]) -> None:
     assert "DeepStack taps      [0, 2, 3]" in text.stdout
     for module in facts["modules"]:
         assert f"{module['name']} " in text.stdout and module["bytes"] == 4 * module["parameters"]
-    assert all(
-        len(line) <= 110 for line in text.stdout.splitlines() if not line.startswith(("checkpoint", "Est"))
-    )
+    assert all(len(line) <= 110 for line in text.stdout.splitlines() if not line.startswith(("checkpoint", "Est")))
 
 
 def test_bundle(sample_bundle: Callable[..., Path], sample_checkpoint: Path) -> None:

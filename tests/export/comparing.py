@@ -29,9 +29,7 @@ def expected(bundle: Path, checkpoint: Path, against: str = "pytorch") -> tuple:
     return inputs, run_reference(opener, inputs, against, progress=False)
 
 
-def results(
-    folder: Path, made: tuple, wrap: Callable[[Engine], Engine] = lambda engine: engine
-) -> list[StageResult]:
+def results(folder: Path, made: tuple, wrap: Callable[[Engine], Engine] = lambda engine: engine) -> list[StageResult]:
     """Run a bundle over inputs and expectations of :func:`expected`; ``wrap`` may spoil the engine."""
     bundle = Bundle.open(folder, verify="full")
     candidate = Candidate(wrap(open_engine("ort", bundle, threads=1)))

@@ -84,9 +84,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
         key = repr((checkpoint.folder, sorted(options.items())))
         if key not in made:
             output = tmp_path_factory.mktemp("bundles") / "bundle"
-            config = exporter.ExportConfig(
-                checkpoint=checkpoint.folder, output=output, progress=False, **options
-            )
+            config = exporter.ExportConfig(checkpoint=checkpoint.folder, output=output, progress=False, **options)
             exporter.export_checkpoint(config)
             made[key] = Exported(bundle=output, checkpoint=checkpoint, config=config)
         return made[key]

@@ -79,9 +79,7 @@ def vision_feeds(config: ModelConfig, grids: list[tuple[int, int, int]], seed: i
     facts = vision_facts(config)
     assert facts is not None
     patches = sum(steps * height * width for steps, height, width in grids)
-    pixels = np.random.default_rng(seed).standard_normal(
-        (patches, config.vision.patch_width), dtype=np.float32
-    )
+    pixels = np.random.default_rng(seed).standard_normal((patches, config.vision.patch_width), dtype=np.float32)
     return {"pixel_values": pixels, **vision_inputs(grids, facts)._asdict()}
 
 
@@ -124,9 +122,7 @@ def session(source: Path | bytes) -> ort.InferenceSession:
 
 def run(source: Path | ir.Model, feeds: Arrays) -> Arrays:
     """All outputs by name, of a graph file or of a graph whose weights are in memory."""
-    loaded = session(
-        ir.serde.serialize_model(source).SerializeToString() if isinstance(source, ir.Model) else source
-    )
+    loaded = session(ir.serde.serialize_model(source).SerializeToString() if isinstance(source, ir.Model) else source)
     names = [output.name for output in loaded.get_outputs()]
     return dict(zip(names, loaded.run(names, feeds), strict=True))
 
@@ -168,10 +164,7 @@ def errors(actual: Arrays, expected: Arrays, feeds: Arrays) -> dict[str, float]:
     actual, expected = valid_parts(actual, feeds), valid_parts(expected, feeds)
     for name, array in expected.items():
         assert actual[name].shape == array.shape, name
-    return {
-        name: float(np.abs(actual[name] - array).max() / np.abs(array).max())
-        for name, array in expected.items()
-    }
+    return {name: float(np.abs(actual[name] - array).max() / np.abs(array).max()) for name, array in expected.items()}
 
 
 def assert_close(actual: Arrays, expected: Arrays, feeds: Arrays, tolerance: float = 1e-5) -> None:

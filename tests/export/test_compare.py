@@ -61,9 +61,7 @@ def test_every_family_against_pytorch(export: Export, checkpoints: Export, famil
         ("qwen3", "hub", "portable"),
     ],
 )
-def test_against_transformers(
-    export: Export, checkpoints: Export, family: str, layout: str, target: str
-) -> None:
+def test_against_transformers(export: Export, checkpoints: Export, family: str, layout: str, target: str) -> None:
     exported = export(checkpoints(family, layout), target=target)
     made = expected(exported.bundle, exported.checkpoint.folder, "transformers")
     assert_exact(results(exported.bundle, made), vision="vl" in family)
@@ -95,9 +93,7 @@ def test_bundle_against_bundle_through_polygraphy(export: Export, checkpoints: E
 
 def test_text_only_model_says_which_cases_do_not_apply(export: Export, checkpoints: Export) -> None:
     exported = export(checkpoints("qwen3"), target="ort-cpu")
-    found = compare_bundle(
-        Bundle.open(exported.bundle), checkpoint=exported.checkpoint.folder, progress=False
-    )
+    found = compare_bundle(Bundle.open(exported.bundle), checkpoint=exported.checkpoint.folder, progress=False)
     assert found.passed and set(found.skipped) == EVERY_CASE - TEXT_CASES
     assert any(line.startswith("video: does not apply") for line in table_lines(found))
 
@@ -132,8 +128,6 @@ def test_matrix_is_what_its_names_say(bundle: Bundle) -> None:
     assert all(height != width for grid in grids.values() for _, height, width in grid)
     rows = made["batch-2"].rows
     assert len(rows[0].prompt) != len(rows[1].prompt) and rows[0].all_items and rows[1].all_items
-    assert [len(row.turns) for row in made["multi-turn"].rows] == [2] and all(
-        made["multi-turn"].rows[0].items
-    )
+    assert [len(row.turns) for row in made["multi-turn"].rows] == [2] and all(made["multi-turn"].rows[0].items)
     assert len(made["decode-32"].rows[0].decode_ids) == 32
     assert made["chunked-prefill"].case.chunk < min(made["chunked-prefill"].vision.tokens_per_item)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from deepstitch.cli import main
 from deepstitch.export.passes import mrotary_to_ort
 
@@ -24,26 +25,17 @@ def checkpoint(checkpoints: Fixture) -> Path:
     return Path(checkpoints().folder)
 
 
-def test_export_compares_and_says_so(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_compares_and_says_so(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "bundle"
-    assert (
-        main(["export", str(checkpoint), "--target", "portable", "-o", str(output), "--json", "--quiet"]) == 0
-    )
+    assert main(["export", str(checkpoint), "--target", "portable", "-o", str(output), "--json", "--quiet"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["bundle"] == str(output) and found["target"] == "portable" and found["weights"] == "fp32"
     assert found["bytes"] == sum(p.stat().st_size for p in output.rglob("*") if p.name != "manifest.json")
     assert set(found["graphs"]) == {"decoder", "vision_encoder"}
-    assert (
-        found["comparison"]["passed"]
-        and len({result["case"] for result in found["comparison"]["results"]}) == 9
-    )
+    assert found["comparison"]["passed"] and len({result["case"] for result in found["comparison"]["results"]}) == 9
 
 
-def test_export_without_comparison(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_without_comparison(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "bundle"
     assert main(["export", str(checkpoint), "-o", str(output), "--no-compare"]) == 0
     summary = capsys.readouterr().out

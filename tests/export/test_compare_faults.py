@@ -102,9 +102,7 @@ def test_deepstack_dropped(fails: Fails, target: str) -> None:
 
 
 @pytest.mark.parametrize("spoil", [swap_batch_rows, restart_rows_per_batch_row])
-def test_deepstack_rows_swapped_in_batch_2(
-    fails: Fails, spoil: Callable[[dict[str, np.ndarray]], None]
-) -> None:
+def test_deepstack_rows_swapped_in_batch_2(fails: Fails, spoil: Callable[[dict[str, np.ndarray]], None]) -> None:
     assert fails("ort-cpu", lambda engine: SpoiledDecoder(engine, spoil)) == {"batch-2": "logits"}
 
 
@@ -133,10 +131,7 @@ def test_failure_on_the_command_line(
     cases = ("--case", "text", "--case", "one-image")
     assert main(["compare", str(folder), "--checkpoint", str(intact.checkpoint.folder), *cases]) == 1
     captured = capsys.readouterr()
-    assert (
-        "case text, stage logits: error" in captured.err
-        and "case one-image, stage logits: error" in captured.err
-    )
+    assert "case text, stage logits: error" in captured.err and "case one-image, stage logits: error" in captured.err
     assert captured.err.count("\n") == 1 and "FAILED" in captured.out
 
 
@@ -154,9 +149,7 @@ def text_positions(model: onnx.ModelProto) -> None:
     for node in graph.node:
         node.input[:] = ["flat_positions" if name == "position_ids" else name for name in node.input]
     graph.initializer.append(helper.make_tensor("temporal_rows", onnx.TensorProto.INT64, [3], [0, 0, 0]))
-    graph.node.insert(
-        0, helper.make_node("Gather", ["position_ids", "temporal_rows"], ["flat_positions"], axis=0)
-    )
+    graph.node.insert(0, helper.make_node("Gather", ["position_ids", "temporal_rows"], ["flat_positions"], axis=0))
 
 
 @pytest.mark.parametrize(("target", "edit"), [("ort-cpu", sectioned_layout), ("portable", text_positions)])

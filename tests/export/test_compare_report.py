@@ -30,9 +30,7 @@ def logits(*rows: list[float]) -> np.ndarray:
     return np.array(rows, np.float32)
 
 
-def judge(
-    actual: Any, expected: np.ndarray, tolerance: Tolerance = EXACT, stage: str = "logits"
-) -> StageResult:
+def judge(actual: Any, expected: np.ndarray, tolerance: Tolerance = EXACT, stage: str = "logits") -> StageResult:
     return compare_stage("case", stage, actual, expected, tolerance)
 
 

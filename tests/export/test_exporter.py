@@ -54,9 +54,7 @@ BUNDLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.fixture(params=BUNDLES)
-def exported(
-    request: pytest.FixtureRequest, checkpoints: Checkpoints, export: Callable[..., Exported]
-) -> Exported:
+def exported(request: pytest.FixtureRequest, checkpoints: Checkpoints, export: Callable[..., Exported]) -> Exported:
     source, options = BUNDLES[request.param]
     return export(checkpoints(**source), **options)
 
@@ -84,9 +82,7 @@ class TestEveryBundle:
 
     def test_manifest_lists_every_file(self, exported: Exported) -> None:
         manifest = Manifest.read(exported.bundle)
-        files = {
-            str(path.relative_to(exported.bundle)) for path in exported.bundle.rglob("*") if path.is_file()
-        }
+        files = {str(path.relative_to(exported.bundle)) for path in exported.bundle.rglob("*") if path.is_file()}
         assert files == {*manifest.files, "manifest.json"}
         for name, record in manifest.files.items():
             path = exported.bundle / name
@@ -213,9 +209,7 @@ def test_in_place_cache(checkpoints: Checkpoints, export: Callable[..., Exported
         np.testing.assert_array_equal(binding.get_outputs()[-1].numpy(), separate["logits"])
         for key, array in separate.items():
             if key != "logits":
-                np.testing.assert_array_equal(
-                    values[key.replace("present", "past_key_values")].numpy(), array
-                )
+                np.testing.assert_array_equal(values[key.replace("present", "past_key_values")].numpy(), array)
 
 
 def test_manifest_facts(checkpoints: Checkpoints, export: Callable[..., Exported]) -> None:
@@ -242,9 +236,7 @@ def _count_nodes(graph: onnx.GraphProto) -> int:
     return len(graph.node) + sum(map(_count_nodes, inner))
 
 
-def test_export_is_deterministic(
-    checkpoints: Checkpoints, export: Callable[..., Exported], tmp_path: Path
-) -> None:
+def test_export_is_deterministic(checkpoints: Checkpoints, export: Callable[..., Exported], tmp_path: Path) -> None:
     for name in ("ort-cpu", "tied, fp16, transformers layout"):
         first = named(name, checkpoints, export)
         again = tmp_path / name / first.bundle.name
@@ -304,9 +296,7 @@ class TestNothingIsLeftBehind:
             export_checkpoint(config)
         assert list(tmp_path.iterdir()) == []
 
-    def test_existing_folder(
-        self, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_existing_folder(self, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Refused before any tracing."""
         monkeypatch.setattr(exporter, "trace_decoder", lambda config: pytest.fail("traced"))
         (tmp_path / "out").mkdir()
@@ -340,9 +330,7 @@ class TestNothingIsLeftBehind:
 )
 def test_flags(tmp_path: Path, options: dict[str, Any], error: type[DeepstitchError], message: str) -> None:
     with pytest.raises(error, match=message):
-        export_checkpoint(
-            ExportConfig(checkpoint=tmp_path, output=tmp_path / "out", progress=False, **options)
-        )
+        export_checkpoint(ExportConfig(checkpoint=tmp_path, output=tmp_path / "out", progress=False, **options))
 
 
 def test_progress_goes_nowhere_when_off(

@@ -25,9 +25,7 @@ from deepstitch.models import ops
 
 from .graphs import session
 
-ORT_CPU = parse_functions(
-    (ort_cpu._CACHED_ATTENTION, segment_attention(ort_cpu._VISION_KERNEL)), com_microsoft=1
-)
+ORT_CPU = parse_functions((ort_cpu._CACHED_ATTENTION, segment_attention(ort_cpu._VISION_KERNEL)), com_microsoft=1)
 OPERATORS = ("MRotaryCosSin", "CachedAttention", "SegmentAttention", "MoEExperts", "DeepStackAdd")
 TOLERANCE = 1e-5  # of the largest magnitude
 
@@ -41,8 +39,7 @@ def run_operator(
         for name, array in feeds.items()
     ]
     results = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * rank)
-        for name, rank in outputs.items()
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * rank) for name, rank in outputs.items()
     ]
     node = helper.make_node(proto.name, list(feeds), list(outputs), domain=DOMAIN, **attributes)
     imports = {(entry.domain, entry.version) for entry in proto.opset_import} | {
@@ -58,9 +55,7 @@ def run_operator(
     return session(model.SerializeToString()).run(list(outputs), feeds)
 
 
-def assert_close(
-    actual: np.ndarray, expected: torch.Tensor | np.ndarray, tolerance: float = TOLERANCE
-) -> None:
+def assert_close(actual: np.ndarray, expected: torch.Tensor | np.ndarray, tolerance: float = TOLERANCE) -> None:
     expected = np.asarray(expected)
     assert actual.shape == expected.shape
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max(initial=1e-30))
@@ -93,9 +88,7 @@ def test_m_rotary_cos_sin(section: tuple[int, int, int], shape: tuple[int, int])
     pairs = sum(section)
     positions = np.random.default_rng(0).integers(0, 20_000, (3, *shape))
     feeds = {"position_ids": positions, "inv_freq": (1e6 ** -np.linspace(0, 1, pairs)).astype(np.float32)}
-    outputs = run_operator(
-        function_proto("MRotaryCosSin"), feeds, {"cos": 3, "sin": 3}, mrope_section=section
-    )
+    outputs = run_operator(function_proto("MRotaryCosSin"), feeds, {"cos": 3, "sin": 3}, mrope_section=section)
     expected = ops.mrope_cos_sin(*tensors(feeds), section)
     for actual, wanted in zip(outputs, expected, strict=True):
         assert_close(actual, wanted)
@@ -125,9 +118,7 @@ LENGTHS = {
 def test_cached_attention(lengths: str, heads: tuple[int, int], body: str) -> None:
     past, new = LENGTHS[lengths]
     rows, longest, width = len(past), max(new), 8
-    capacity = (
-        max(past) + longest + (0 if lengths == "one row continues" else 3)
-    )  # exactly full, or room to spare
+    capacity = max(past) + longest + (0 if lengths == "one row continues" else 3)  # exactly full, or room to spare
     num_heads, kv_heads = heads
     feeds = {
         "query": normal(rows, longest, num_heads * width, seed=1),
@@ -159,9 +150,7 @@ def test_cached_attention(lengths: str, heads: tuple[int, int], body: str) -> No
 @pytest.mark.parametrize("bounds", [(0, 8), (0, 4, 8, 12), (0, 4, 5, 16), (0, 1)], ids=str)
 def test_segment_attention(bounds: tuple[int, ...], body: str) -> None:
     heads, width = 2, 8
-    feeds = {
-        name: normal(bounds[-1], heads * width, seed=i) for i, name in enumerate(("query", "key", "value"))
-    }
+    feeds = {name: normal(bounds[-1], heads * width, seed=i) for i, name in enumerate(("query", "key", "value"))}
     feeds["cu_seqlens"] = np.array(bounds, np.int32)
     proto = function_proto("SegmentAttention") if body == "definition" else ORT_CPU["SegmentAttention"]
     (output,) = run_operator(proto, feeds, {"output": 2}, num_heads=heads, scale=width**-0.5)

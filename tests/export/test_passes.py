@@ -130,18 +130,14 @@ class TestMoEToOrt:
         np.testing.assert_array_equal(stored[:, 0::2], source[..., :48].swapaxes(1, 2))
         np.testing.assert_array_equal(stored[:, 1::2], source[..., 48:].swapaxes(1, 2))
 
-    def test_a_dense_model_is_left_alone(
-        self, checkpoints: Callable[..., Checkpoint], traced_decoder: Trace
-    ) -> None:
+    def test_a_dense_model_is_left_alone(self, checkpoints: Callable[..., Checkpoint], traced_decoder: Trace) -> None:
         rewritten = Rewritten(checkpoints("qwen3"), traced_decoder, MoEToOrt)
         assert rewritten.modified == [False] and op_counts(rewritten.before) == op_counts(rewritten.after)
 
 
 class TestMRotaryToOrt:
     @pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3"])
-    def test_decoder(
-        self, family: str, checkpoints: Callable[..., Checkpoint], traced_decoder: Trace
-    ) -> None:
+    def test_decoder(self, family: str, checkpoints: Callable[..., Checkpoint], traced_decoder: Trace) -> None:
         rewritten = Rewritten(checkpoints(family), traced_decoder, lambda plan: MRotaryToOrt())
         counts = op_counts(rewritten.after)
         assert rewritten.modified == [True]
@@ -160,9 +156,7 @@ class TestTransposeWeights:
         rewritten = Rewritten(moe, traced_decoder, TransposeWeights)
         before, after = op_counts(rewritten.before), op_counts(rewritten.after)
         assert rewritten.modified == [True]
-        assert (
-            before["Transpose"] - after.get("Transpose", 0) == 5 * LAYERS + 1
-        )  # q k v o, router; and the head
+        assert before["Transpose"] - after.get("Transpose", 0) == 5 * LAYERS + 1  # q k v o, router; and the head
         assert before["MatMul"] == after["MatMul"]
         name = "model.language_model.layers.0.self_attn.q_proj.weight"
         assert rewritten.plan.tensors[name].shape == (64, 128)
@@ -175,9 +169,7 @@ class TestTransposeWeights:
         rewritten = Rewritten(tied, traced_decoder, TransposeWeights)
         before, after = op_counts(rewritten.before), op_counts(rewritten.after)
         assert before["Transpose"] - after["Transpose"] == 5 * LAYERS
-        assert not {"lm_head.weight", "model.language_model.embed_tokens.weight"} & set(
-            rewritten.plan.tensors
-        )
+        assert not {"lm_head.weight", "model.language_model.embed_tokens.weight"} & set(rewritten.plan.tensors)
         rewritten.assert_decoder_is_the_same()
 
     def test_referenced_matrices_stay(self, moe: Checkpoint, traced_decoder: Trace) -> None:

@@ -58,9 +58,7 @@ def test_matrix(tmp_path: Path, kind: type, target: str, transposed: bool, block
     np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"dtype": "BF16"}, {"layout": "transformers", "dtype": "F16"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"dtype": "BF16"}, {"layout": "transformers", "dtype": "F16"}], ids=str)
 def test_experts(checkpoints: Checkpoints, options: dict[str, str], block_bytes: int | None) -> None:
     sources = checkpoints("qwen3_vl_moe", **options).sources()
     gate_up, down = sources[GATE_UP].read_float32(), sources[DOWN].read_float32()
@@ -147,9 +145,7 @@ class TestPlan:
     def test_fp16_keeps_vectors_and_routers(self, sources: dict[str, StoredTensor]) -> None:
         plan = self.plan(sources, weights="fp16")
         kept = {name for name in sources if plan.add(name).dtype == "F32"}
-        assert kept == {
-            name for name, s in sources.items() if len(s.shape) == 1 or name.endswith(".mlp.gate.weight")
-        }
+        assert kept == {name for name, s in sources.items() if len(s.shape) == 1 or name.endswith(".mlp.gate.weight")}
         assert {tensor.dtype for tensor in plan.tensors.values()} == {"F32", "F16"}
 
     def test_by_reference_keeps_the_dtype_of_matrices(self, sources: dict[str, StoredTensor]) -> None:

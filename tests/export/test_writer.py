@@ -36,9 +36,7 @@ def test_success_leaves_the_folder_alone(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "out").stat().st_mode & 0o777 == 0o755
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("x"), KeyboardInterrupt(), OutputError("x"), OSError(errno.EIO, "x")]
-)
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), OutputError("x"), OSError(errno.EIO, "x")])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_failure_leaves_nothing(tmp_path: Path, error: BaseException, overwrite: bool) -> None:
     if overwrite:
@@ -122,9 +120,7 @@ def test_links_need_one_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(writer.os, "link", refuse)
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(
-        OutputError, match=r"cannot hard-link .*; put the bundle on the checkpoint's file system"
-    ):
+    with pytest.raises(OutputError, match=r"cannot hard-link .*; put the bundle on the checkpoint's file system"):
         link_checkpoint([tmp_path / "model.safetensors"], tmp_path, lambda count: None)
 
 
@@ -134,9 +130,7 @@ def test_copied_files_are_untouched(tmp_path: Path, tiny_checkpoint: Callable[..
     (checkpoint / "training_args.bin").write_bytes(b"not ours")
     copies = copy_files(checkpoint, tmp_path)
     assert contents(tmp_path) == {path.name for path in copies}
-    assert {"config.json", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json"} <= contents(
-        tmp_path
-    )
+    assert {"config.json", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json"} <= contents(tmp_path)
     assert not {"training_args.bin", "model.safetensors"} & contents(tmp_path)
     for path in copies:
         assert path.read_bytes() == (checkpoint / path.name).read_bytes()

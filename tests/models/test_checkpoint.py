@@ -104,9 +104,7 @@ def test_layouts_of_stacked_experts(tiny_checkpoint: Make, width: int) -> None:
     assert_equal_models(parameters(transposed), expected)
     for folder, right, wrong in ((hub, "hub", "transformers"), (transposed, "transformers", "hub")):
         assert_equal_models(parameters(folder, expert_layout=right), expected)
-        with pytest.raises(
-            CheckpointError, match=rf"--expert-layout {wrong} contradicts the shape of 'model"
-        ):
+        with pytest.raises(CheckpointError, match=rf"--expert-layout {wrong} contradicts the shape of 'model"):
             load_model(folder, expert_layout=wrong)
 
 
@@ -173,9 +171,7 @@ def test_constant_frequencies_are_ignored_by_name(tiny_checkpoint: Make) -> None
 def test_language_side_ignores_vision_tensors_and_nothing_else(tiny_checkpoint: Make) -> None:
     folder = tiny_checkpoint("qwen3_vl_moe")
     whole, language = parameters(folder), parameters(folder, language_only=True)
-    renamed = {
-        name.replace("model.language_model.", "model."): parameter for name, parameter in whole.items()
-    }
+    renamed = {name.replace("model.language_model.", "model."): parameter for name, parameter in whole.items()}
     assert_equal_models(
         language,
         {name: parameter for name, parameter in renamed.items() if not name.startswith("model.visual.")},

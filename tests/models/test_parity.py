@@ -137,8 +137,5 @@ def test_config_of_the_tiny_checkpoint_is_what_transformers_reads(
     config = AutoConfig.from_pretrained(folder)
     raw = json.loads((folder / "config.json").read_text("utf-8"))
     assert config.text_config.decoder_sparse_step == 2
-    assert (
-        config.text_config.rope_parameters["mrope_section"]
-        == raw["text_config"]["rope_parameters"]["mrope_section"]
-    )
+    assert config.text_config.rope_parameters["mrope_section"] == raw["text_config"]["rope_parameters"]["mrope_section"]
     assert config.vision_config.deepstack_visual_indexes == raw["vision_config"]["deepstack_visual_indexes"]

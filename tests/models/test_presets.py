@@ -39,9 +39,7 @@ def test_traces_with_fewer_layers() -> None:
     full = ModelConfig.from_dict(preset_config("vl-sm61"))
     assert full.vision is not None
     vision = dataclasses.replace(full.vision, depth=4, deepstack_visual_indexes=(1, 2, 3))
-    config = dataclasses.replace(
-        full, text=dataclasses.replace(full.text, num_hidden_layers=4), vision=vision
-    )
+    config = dataclasses.replace(full, text=dataclasses.replace(full.text, num_hidden_layers=4), vision=vision)
     for model, (inputs, outputs) in (
         (trace_decoder(config), decoder_contract(config)),
         (trace_vision_encoder(config), vision_contract(vision)),

@@ -91,9 +91,7 @@ def _rendered(episode, question) -> str:
 
     template = ImmutableSandboxedEnvironment().from_string((CHECKPOINT / "chat_template.jinja").read_text())
     parts = [*episode.prefix, question.text]
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts
-    ]
+    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
     text = template.render(messages=[{"role": "user", "content": content}], add_generation_prompt=True)
     for picture in episode.pictures:
         text = text.replace("<|image_pad|>", "<|pad|>" * (picture.height * picture.width // 1024), 1)

@@ -122,9 +122,7 @@ def test_none_is_the_text_only_model_bit_for_bit(language: Any, prompt: dict[str
         expected = plain(prompt["ids"], prompt["positions"])
         assert torch.equal(language(prompt["ids"], prompt["positions"]), expected)
         zeros = torch.zeros_like(prompt["deepstack"])
-        assert torch.equal(
-            language(prompt["ids"], prompt["positions"], input_deepstack_embeds=zeros), expected
-        )
+        assert torch.equal(language(prompt["ids"], prompt["positions"], input_deepstack_embeds=zeros), expected)
 
 
 def test_text_only_model_refuses_deepstack(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -179,9 +177,7 @@ def test_cache_in_chunks_is_the_whole_sequence(language: Any, prompt: dict[str, 
     length = prompt["ids"].shape[1]
     config = language.config.text
     shape = (2, config.num_key_value_heads, length + 3, config.head_dim)
-    keys, values = (
-        [torch.full(shape, 7.0) for _ in range(LAYERS)] for _ in range(2)
-    )  # stale slots stay unread
+    keys, values = ([torch.full(shape, 7.0) for _ in range(LAYERS)] for _ in range(2))  # stale slots stay unread
     hidden = []
     for start, stop in ((0, split), (split, length)):
         lengths = [torch.full((2,), n, dtype=torch.int32) for n in (start, stop - start)]
@@ -197,9 +193,7 @@ def test_cache_in_chunks_is_the_whole_sequence(language: Any, prompt: dict[str, 
             )
         keys, values = cache.keys, cache.values
     logits = language.lm_head(torch.cat(hidden, dim=1))
-    torch.testing.assert_close(
-        logits, prompt["logits"], rtol=0, atol=1e-5 * float(prompt["logits"].abs().max())
-    )
+    torch.testing.assert_close(logits, prompt["logits"], rtol=0, atol=1e-5 * float(prompt["logits"].abs().max()))
 
 
 def test_attention_mask_of_separate_prompts(language: Any, prompt: dict[str, Tensor]) -> None:

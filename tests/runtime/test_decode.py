@@ -50,9 +50,7 @@ def test_prefill_equals_the_reference_for_any_chunk(engine, chunk):
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_rows_of_different_length_do_not_touch_each_other(engine, chunk):
     rows = [random_row(3), random_row(17, visual=6, seed=1), random_row(9, visual=2, seed=2)]
-    results = DecoderState(engine, rows=3).prefill(
-        rows, wanted=[range(len(row)) for row in rows], chunk=chunk
-    )
+    results = DecoderState(engine, rows=3).prefill(rows, wanted=[range(len(row)) for row in rows], chunk=chunk)
     for row, logits in zip(rows, results, strict=True):
         np.testing.assert_allclose(logits, expected(row), atol=2e-4)
 
@@ -93,9 +91,7 @@ def test_a_dropped_row_gives_its_place_to_the_last(engine):
     state.drop(0)
     assert state.lengths.tolist() == [7, 10]
     for back in (2, 1):
-        logits = state.step(
-            np.stack([rows[2].embeds[-back], rows[1].embeds[-back]]), state.lengths.astype(np.int64)
-        )
+        logits = state.step(np.stack([rows[2].embeds[-back], rows[1].embeds[-back]]), state.lengths.astype(np.int64))
         np.testing.assert_allclose(logits[0], expected(rows[2])[-back], atol=2e-4)
         np.testing.assert_allclose(logits[1], expected(rows[1])[-back], atol=2e-4)
 

@@ -71,9 +71,7 @@ def test_repetition_penalty_counts_the_prompt_and_the_answer():
 
 
 def test_a_seed_repeats_itself():
-    runs = [
-        [draw(LOGITS) for _ in range(30)] for draw in (sampler(temperature=1.0, seed=5) for _ in range(2))
-    ]
+    runs = [[draw(LOGITS) for _ in range(30)] for draw in (sampler(temperature=1.0, seed=5) for _ in range(2))]
     assert runs[0] == runs[1]
     assert [sampler(temperature=1.0, seed=s)(LOGITS) for s in range(20)] != [runs[0][0]] * 20
 
@@ -117,9 +115,7 @@ def test_bad_options(options, message):
 
 
 def test_numpy_numbers_and_a_bare_stop_string_are_fine():
-    options = GenerationOptions.from_keywords(
-        {"max_tokens": np.int64(3), "temperature": np.float32(1), "stop": "x"}
-    )
+    options = GenerationOptions.from_keywords({"max_tokens": np.int64(3), "temperature": np.float32(1), "stop": "x"})
     assert options.stop == ("x",)
     assert GenerationOptions.from_keywords({"logprobs": True}).num_top_logprobs == 0
     assert GenerationOptions.from_keywords({"logprobs": 3}).num_top_logprobs == 3

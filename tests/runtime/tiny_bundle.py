@@ -88,9 +88,7 @@ def weights() -> dict[str, np.ndarray]:
     return tensors
 
 
-def reference_logits(
-    embeds: np.ndarray, positions: np.ndarray, deepstack: np.ndarray, index: np.ndarray
-) -> np.ndarray:
+def reference_logits(embeds: np.ndarray, positions: np.ndarray, deepstack: np.ndarray, index: np.ndarray) -> np.ndarray:
     """The decoder over one whole row ``(n, H)``, no cache; ``deepstack`` has no zero row. ``(n, V)``."""
     tensors = weights()
     rows = np.concatenate([np.zeros((1, DEEPSTACK * HIDDEN), np.float32), deepstack])[index]
@@ -233,9 +231,7 @@ def _group_query_attention(b: _Builder, layer: int, query: str, key: str, value:
 
 def _plain_attention(b: _Builder, layer: int, query: str, key: str, value: str) -> str:
     split = b.constant([0, 0, HEADS, WIDTH])
-    heads = [
-        b.add("Transpose", b.add("Reshape", each, split), perm=[0, 2, 1, 3]) for each in (query, key, value)
-    ]
+    heads = [b.add("Transpose", b.add("Reshape", each, split), perm=[0, 2, 1, 3]) for each in (query, key, value)]
     start = b.add("Cast", "past_lengths", to=TensorProto.INT64)
     for part, new in zip(("key", "value"), heads[1:], strict=True):
         names = [f"past_key_values.{layer}.{part}", new, start]

@@ -15,9 +15,7 @@ from PIL import Image
 from deepstitch.errors import InputError
 from deepstitch.runtime.preprocess import images, load_image
 
-GRADIENT = np.stack(np.broadcast_arrays(np.arange(60)[:, None] * 4, np.arange(80) * 3, 77), -1).astype(
-    np.uint8
-)
+GRADIENT = np.stack(np.broadcast_arrays(np.arange(60)[:, None] * 4, np.arange(80) * 3, 77), -1).astype(np.uint8)
 
 
 def encoded(image, form, **options):
@@ -86,12 +84,7 @@ def png_of_size(width, height):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 GOOD = encoded(Image.fromarray(GRADIENT), "PNG")

@@ -197,6 +197,4 @@ def test_clip_rule_equals_hf_over_a_grid_of_sizes():
         for frames in (2, 3, 4, 5, 17, 64):
             for height, width in ((1, 1), (9, 40), (31, 33), (48, 80), (240, 320), (720, 1280), (2000, 90)):
                 limits = {"min_pixels": low, "max_pixels": high, "factor": 32, "temporal_factor": 2}
-                assert clip_size(frames, height, width, **limits) == smart_resize(
-                    frames, height, width, **limits
-                )
+                assert clip_size(frames, height, width, **limits) == smart_resize(frames, height, width, **limits)

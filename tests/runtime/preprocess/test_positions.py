@@ -111,10 +111,7 @@ def test_state_survives_chunks_that_cut_images(name, size):
     ids, grids = row(name)
     whole, deltas = mrope_position_ids(ids, grids, **OPTIONS)
     state = MRopeState(**OPTIONS)
-    chunks = [
-        state.extend(ids[start : start + size], None if start else grids)
-        for start in range(0, len(ids), size)
-    ]
+    chunks = [state.extend(ids[start : start + size], None if start else grids) for start in range(0, len(ids), size)]
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), whole[:, 0])
     assert state.rope_delta == deltas[0] and state.num_tokens == len(ids) and not state.inside_item
 

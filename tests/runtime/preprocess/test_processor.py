@@ -69,9 +69,7 @@ def test_content_keys_tell_contents_apart(processor):
 def test_messages_are_left_as_they_were(processor):
     messages = [{"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "x"}]}]
     processor(messages)
-    assert messages == [
-        {"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "x"}]}
-    ]
+    assert messages == [{"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "x"}]}]
 
 
 def test_a_finished_prompt_as_text(processor):
@@ -129,9 +127,7 @@ def test_refused(processor, case):
 
 
 def test_a_text_model_refuses_pictures(folder, model):
-    processor = Processor.from_folder(
-        folder, dataclasses.replace(model, image_token_id=None, video_token_id=None)
-    )
+    processor = Processor.from_folder(folder, dataclasses.replace(model, image_token_id=None, video_token_id=None))
     assert processor("x").vision is None
     with pytest.raises(InputError, match="reads text only, but 1 images"):
         processor("x", images=[RED])

@@ -88,9 +88,7 @@ def test_rendering_equals_hf(folder, hf_tokenizer, name, rich, generate):
 
 def test_prompt_ids_equal_hf(processor, hf_tokenizer):
     for name in ("one turn", "system and turns"):
-        expected = hf_tokenizer.apply_chat_template(
-            CONVERSATIONS[name], add_generation_prompt=True, return_dict=False
-        )
+        expected = hf_tokenizer.apply_chat_template(CONVERSATIONS[name], add_generation_prompt=True, return_dict=False)
         assert processor(CONVERSATIONS[name]).input_ids.tolist() == list(expected)
 
 

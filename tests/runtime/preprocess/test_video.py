@@ -41,9 +41,7 @@ def hf_processor():
     return instance
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"fps": 5}, {"max_frames": 6}, {"min_frames": 8}, {"num_frames": 5}], ids=str
-)
+@pytest.mark.parametrize("changes", [{}, {"fps": 5}, {"max_frames": 6}, {"min_frames": 8}, {"num_frames": 5}], ids=str)
 def test_sampling_equals_hf(folder, edit, vision, hf_video, changes):
     edit("video_preprocessor_config.json", **changes)
     settings = VideoSettings.from_folder(folder, vision)
@@ -143,9 +141,7 @@ def test_the_cap_per_frame_limits_the_tokens(folder, edit, model, vision, hf_vid
     clip = Clip(frames=frames(4, 320, 320), do_sample=False)
     edit("video_preprocessor_config.json", cap_pixels_per_frame=True, max_video_tokens=6, size=size)
     batch = Processor.from_folder(folder, model, vision)("x", videos=[clip]).vision
-    options = SimpleNamespace(
-        patch_size=16, merge_size=2, temporal_patch_size=2, max_video_tokens=6, size=size
-    )
+    options = SimpleNamespace(patch_size=16, merge_size=2, temporal_patch_size=2, max_video_tokens=6, size=size)
     options.cap_pixels_per_frame = True
     assert batch.grid_thw.prod() == hf_video.get_num_of_video_patches(options, 4, 320, 320)
 
@@ -176,9 +172,7 @@ def test_a_file_equals_its_sampled_frames(processor, video_file, hf_video, name)
     limits = SimpleNamespace(fps=2, min_frames=2, max_frames=64)
     prompt = processor("x", videos=[path])
     if name.endswith("mp4"):
-        decoded, metadata = read_video_pyav(
-            str(path), lambda metadata: hf_video.sample_frames(limits, metadata)
-        )
+        decoded, metadata = read_video_pyav(str(path), lambda metadata: hf_video.sample_frames(limits, metadata))
         assert metadata.frames_indices.tolist() == [0, 6, 13, 19]
         clip = Clip(frames=decoded, fps=10, do_sample=False)
         assert prompt.vision.content_keys == processor("x", videos=[clip]).vision.content_keys
