@@ -131,6 +131,7 @@ class Manifest:
         weights: dtype the unquantized weights are stored in.
         command: the command line that produced the bundle.
         versions: packages that took part, by name.
+        checkpoint: folder the bundle was exported from, on the machine that did it; ``compare`` looks there first.
     """
 
     format_version: int
@@ -144,6 +145,7 @@ class Manifest:
     embedding: EmbeddingTable
     graphs: dict[str, Graph]
     files: dict[str, FileRecord] = field(default_factory=dict)
+    checkpoint: str | None = None
 
     def to_json(self) -> str:
         """Serialise; the inverse of :meth:`from_json`."""

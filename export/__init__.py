@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deepstitch.export.exporter import ExportConfig, export_checkpoint
+
 __all__ = ["ExportConfig", "export_checkpoint"]
 
 

@@ -125,6 +125,7 @@ def export_checkpoint(config: ExportConfig) -> Path:
             embedding=EmbeddingTable(file=location[places[embedding].path.name], tensor=places[embedding].name),
             graphs=written,
             files=files,
+            checkpoint=str(checkpoint.folder.resolve()),
         )
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
     return config.output

@@ -260,6 +260,6 @@ def attach_functions(model: ir.Model) -> None:
     """Give ``model`` the definitions of the ``deepstitch`` operators it uses."""
     used = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
     for name in sorted(used):
-        function = ir.from_proto(function_proto(name))
+        function = ir.serde.deserialize_function(function_proto(name))
         model.functions[function.identifier()] = function
     model.graph.opset_imports[DOMAIN] = VERSION

@@ -27,6 +27,7 @@ from deepstitch.models.build import AnyModel, build_model
 from deepstitch.models.config import ModelConfig
 from deepstitch.models.ops import CompactDeepStack
 from deepstitch.models.text import KVCache
+from deepstitch.models.vl import Qwen3VLMoeForConditionalGeneration
 
 __all__ = ["INV_FREQ", "trace_decoder", "trace_vision_encoder"]
 
@@ -76,6 +77,7 @@ class _VisionGraph(nn.Module):
         self.source = model
 
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        assert isinstance(self.source, Qwen3VLMoeForConditionalGeneration)
         return self.source.visual(*arguments)
 
 
@@ -148,12 +150,11 @@ def _tidy(model: ir.Model, inputs: tuple[TensorSpec, ...], outputs: tuple[Tensor
         for spec, value in zip(specs, values, strict=True):
             value.name = spec.name
             value.shape = ir.Shape(spec.shape)
-    for value in list(graph.initializers.values()):
+    for name, value in list(graph.initializers.items()):
         value.const_value = None  # a fake tensor
         value.metadata_props.clear()
-        name = value.name.removeprefix("source.")
-        if name != value.name:
-            value.name = name
+        if name.startswith("source."):
+            value.name = name.removeprefix("source.")
     for node in graph.all_nodes():
         scope = node.metadata_props.get("pkg.torch.onnx.name_scopes")
         node.metadata_props.clear()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from deepstitch.models.config import SUPPORTED_MODEL_TYPES, ModelConfig, TextConfig, VisionConfig
+
+if TYPE_CHECKING:
+    from deepstitch.models.build import build_model, load_model
 
 __all__ = [
     "SUPPORTED_MODEL_TYPES",

@@ -68,7 +68,7 @@ def mrope_cos_sin(position_ids: Tensor, inv_freq: Tensor, mrope_section: tuple[i
     """
     if _exporting():
         shape = (*position_ids.shape[1:], inv_freq.shape[0])
-        return torch.onnx.ops.symbolic_multi_out(
+        cos, sin = torch.onnx.ops.symbolic_multi_out(
             "deepstitch::MRotaryCosSin",
             (position_ids, inv_freq),
             attrs={"mrope_section": list(mrope_section)},
@@ -76,6 +76,7 @@ def mrope_cos_sin(position_ids: Tensor, inv_freq: Tensor, mrope_section: tuple[i
             shapes=(shape, shape),
             version=1,
         )
+        return cos, sin
     pair = torch.arange(inv_freq.shape[0], device=inv_freq.device)
     axis = torch.zeros_like(pair)
     for row in (1, 2):
@@ -165,7 +166,7 @@ def cached_attention(
     kv_num_heads, capacity, head_dim = past_key.shape[1:]
     num_heads = query.shape[-1] // head_dim
     if _exporting():
-        return torch.onnx.ops.symbolic_multi_out(
+        output, new_key, new_value = torch.onnx.ops.symbolic_multi_out(
             "deepstitch::CachedAttention",
             (query, key, value, past_key, past_value, past_lengths, query_lengths),
             attrs={"num_heads": num_heads, "kv_num_heads": kv_num_heads, "scale": head_dim**-0.5},
@@ -173,6 +174,7 @@ def cached_attention(
             shapes=(query.shape, past_key.shape, past_value.shape),
             version=1,
         )
+        return output, new_key, new_value
     new_tokens = query.shape[1]
     positions = past_lengths[:, None].long() + torch.arange(new_tokens, device=query.device)  # (B, S)
     slots = positions[:, None, :, None].expand(-1, kv_num_heads, -1, head_dim)
@@ -211,15 +213,16 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Ten
         )
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     if len(set(lengths)) == 1:  # equal segments attend as one batch
-        batched = [_heads(x.unflatten(0, (len(lengths), -1)), num_heads) for x in (query, key, value)]
-        return F.scaled_dot_product_attention(*batched).transpose(1, 2).flatten(-2).flatten(0, 1)
-    pieces = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
-    return torch.cat(
-        [
-            F.scaled_dot_product_attention(*(_heads(x[None], num_heads) for x in piece)).transpose(1, 2).flatten(-2)[0]
-            for piece in pieces
-        ]
-    )
+        batch = (len(lengths), -1)
+        return _whole_attention(*(x.unflatten(0, batch) for x in (query, key, value)), num_heads).flatten(0, 1)
+    pieces = zip(query[None].split(lengths, 1), key[None].split(lengths, 1), value[None].split(lengths, 1), strict=True)
+    return torch.cat([_whole_attention(*piece, num_heads)[0] for piece in pieces])
+
+
+def _whole_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Every query sees every key of its row; ``[N, L, num_heads * D]`` in and out."""
+    query, key, value = (_heads(x, num_heads) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
 
 
 def moe_experts(

@@ -31,6 +31,9 @@ class Qwen3VLMoeForConditionalGeneration(nn.Module):
         super().__init__()
         self.config = config
         self.model = _VisionLanguage(config)
+        assert config.image_token_id is not None and config.video_token_id is not None
+        self._image_token_id = config.image_token_id
+        self._video_token_id = config.video_token_id
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         if config.text.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -69,7 +72,7 @@ class Qwen3VLMoeForConditionalGeneration(nn.Module):
         Raises:
             ValueError: the number of placeholders is not T.
         """
-        visual = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
+        visual = input_ids.eq(self._image_token_id) | input_ids.eq(self._video_token_id)
         if int(visual.sum()) != image_embeds.shape[0]:
             raise ValueError(f"{int(visual.sum())} placeholders for {image_embeds.shape[0]} visual rows")
         inputs_embeds = self.embed_tokens(input_ids)

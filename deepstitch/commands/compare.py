@@ -24,7 +24,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--checkpoint",
     type=_FOLDER,
-    help="The checkpoint the bundle was exported from; pytorch and transformers need it.",
+    help="The checkpoint the bundle was exported from, if it is not where it was then.",
 )
 @click.option("--reference", type=_FOLDER, help="The bundle to compare with; --against portable needs it.")
 @click.option("--case", "cases", multiple=True, metavar="NAME", help="Run only this case; may be given several times.")
@@ -68,7 +68,7 @@ def command(
     with inputs made up to fit the model. The exit code is 1 if a stage is over its limit.
 
     \b
-    deepstitch compare BUNDLE --checkpoint CHECKPOINT --html report.html
+    deepstitch compare BUNDLE --html report.html
     deepstitch compare BUNDLE --against portable --reference PORTABLE_BUNDLE
     """
     from deepstitch.errors import ComparisonFailed, MissingDependency

@@ -8,6 +8,14 @@ and ``polygraphy_script``.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deepstitch.export.compare.cases import CASES
+    from deepstitch.export.compare.comparison import compare_bundle
+    from deepstitch.export.compare.memory import check_memory
+    from deepstitch.export.compare.report import Comparison
+    from deepstitch.export.compare.tolerance import Tolerance
 
 _HOMES = {
     "CASES": "cases",

@@ -49,7 +49,7 @@ def compare_bundle(
     Args:
         bundle: what to compare.
         against: ``pytorch`` and ``transformers`` read ``checkpoint``; ``portable`` reads ``reference``.
-        checkpoint: folder of the model the bundle was exported from.
+        checkpoint: folder of the model the bundle was exported from; None takes the one the manifest remembers.
         reference: bundle folder of the same model.
         cases: which cases.
         settings: changed limits, ``NAME=VALUE``.
@@ -61,7 +61,7 @@ def compare_bundle(
         DeepstitchError: something is missing or refused; nothing was compared.
     """
     began = time.perf_counter()
-    opener, weights = reference_opener(bundle, against, checkpoint, reference, expert_layout)
+    opener, weights = reference_opener(bundle, against, checkpoint or _remembered(bundle), reference, expert_layout)
     tolerance = Tolerance.for_weights(bundle.manifest.weights, *weights).replace(settings)
     inputs, skipped = make_inputs(bundle, cases)
     expected = run_reference(opener, inputs, against, progress)
@@ -173,6 +173,12 @@ def _candidate(bundle: Bundle, *, through_polygraphy: bool) -> Iterator[Candidat
 def _polygraphy_candidate(bundle: Bundle) -> Iterator[Candidate]:
     with PolygraphyEngine.open(bundle) as engine:
         yield Candidate(engine)
+
+
+def _remembered(bundle: Bundle) -> Path | None:
+    """The checkpoint folder the bundle was exported from, if this machine still has it."""
+    folder = bundle.manifest.checkpoint
+    return Path(folder) if folder is not None and Path(folder, "config.json").is_file() else None
 
 
 def _same_model(bundle: Bundle, other: Bundle) -> None:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +96,8 @@ class InputMaker:
         items: list[VisualItem] = []
         rows = []
         for turns in case.rows:
-            ids, spans, pixels = [], [], []
+            ids, spans = [], []
+            pixels: list[Any] = []
             for turn in turns:
                 first = len(items)
                 ids.append(np.concatenate(list(self._turn_ids(turn, shape, rng, items, pixels))))

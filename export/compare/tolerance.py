@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from deepstitch.errors import InputError, UnsupportedError, did_you_mean
 from deepstitch.export.compare.stages import LOGIT_STAGES
@@ -68,7 +69,7 @@ class Tolerance:
         Raises:
             InputError: an unknown name, or not a number of that range.
         """
-        values: dict[str, float] = {}
+        values: dict[str, Any] = {}
         for setting in settings:
             name, _, text = setting.partition("=")
             if name not in _SETTABLE:

@@ -29,7 +29,9 @@ class ConstantReshapes(ir.passes.InPlacePass):
             if name not in model.graph.initializers:
                 tensor = ir.tensor(list(target), dtype=ir.DataType.INT64, name=name)
                 model.graph.register_initializer(
-                    ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+                    ir.Value(
+                        name=name, shape=ir.Shape([len(target)]), type=ir.TensorType(tensor.dtype), const_value=tensor
+                    )
                 )
             node.replace_input_with(1, model.graph.initializers[name])
             node.attributes.pop("allowzero", None)  # 0 means copy

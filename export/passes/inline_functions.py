@@ -30,7 +30,7 @@ class InlineFunctions(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model`` in place."""
         for proto in self.overrides.values():
-            function = ir.from_proto(proto)
+            function = ir.serde.deserialize_function(proto)
             if function.identifier() in model.functions:
                 model.functions[function.identifier()] = function
         modified = bool(model.functions)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from deepstitch.cli import main
+from deepstitch.export.compare import comparison
 from deepstitch.export.passes import mrotary_to_ort
 
 Fixture = Callable[..., Any]
@@ -60,8 +61,6 @@ def test_export_with_a_wrong_pass_fails_and_keeps_the_bundle(
     ("words", "message"),
     [
         (["--case", "one-imgae"], "no such case (did you mean 'one-image'?)"),
-        ([], "--against pytorch needs --checkpoint DIR"),
-        (["--against", "transformers"], "--against transformers needs --checkpoint DIR"),
         (["--against", "portable"], "--against portable needs --reference BUNDLE"),
         (["--against", "portable", "--reference", "{missing}"], "not a bundle"),
         (["--checkpoint", "{missing}"], "{missing}"),
@@ -84,6 +83,16 @@ def test_refused_comparisons(
     captured = capsys.readouterr()
     assert message.format(**places) in captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_the_checkpoint_is_remembered(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", str(bundle), "--case", "text", "--quiet"]
+    assert main(words) == 0
+    monkeypatch.setattr(comparison, "_remembered", lambda bundle: None)  # the folder has gone
+    assert main(words) == 2
+    assert "--against pytorch needs --checkpoint DIR" in capsys.readouterr().err
 
 
 def test_page_and_looser_limit_from_the_command_line(
