@@ -214,7 +214,8 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Ten
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     if len(set(lengths)) == 1:  # equal segments attend as one batch
         batch = (len(lengths), -1)
-        return _whole_attention(*(x.unflatten(0, batch) for x in (query, key, value)), num_heads).flatten(0, 1)
+        query, key, value = (x.unflatten(0, batch) for x in (query, key, value))
+        return _whole_attention(query, key, value, num_heads).flatten(0, 1)
     pieces = zip(query[None].split(lengths, 1), key[None].split(lengths, 1), value[None].split(lengths, 1), strict=True)
     return torch.cat([_whole_attention(*piece, num_heads)[0] for piece in pieces])
 

@@ -147,15 +147,16 @@ class Generation:
 
     def _retire(self) -> None:
         """Take finished rows out of the batch; the cache of the last ones stays, for a next turn."""
-        running = self._running
-        if all(row.finish_reason for row in running):
+        if all(row.finish_reason for row in self._running):
             self._running = []
             return
+        running = list(self._running)
         for slot in reversed(range(len(running))):
             if running[slot].finish_reason:
                 self.state.drop(slot)  # the last row moves here, so it does in this list
                 running[slot] = running[-1]
                 running.pop()
+        self._running = running
         self._rope_deltas = np.array([row.prompt.rope_delta for row in running], np.int64)
 
 

@@ -17,6 +17,9 @@ class MoEToOrt(ir.passes.InPlacePass):
        ``2j`` is gate ``j``, row ``2j + 1`` is up ``j``. The CPU kernel takes SwiGLU in this order only.
     2. The second weight ``[E, I, H]`` is stored as ``[E, H, I]``.
     3. Router logits become ``[n, E]``; softmax, top-k and renormalisation happen inside the kernel.
+    4. The kernel always renormalises. Where the model does not, its result is multiplied by the sum of the selected
+       probabilities. (``normalize_routing_weights=0`` would say the same, but onnxruntime 1.31.1 then lets the output
+       share the memory of its input and returns garbage.)
 
     Ensures: no MoEExperts node is left.
     """
@@ -42,14 +45,15 @@ class MoEToOrt(ir.passes.InPlacePass):
         interleave = Relayout((experts, width, 2, half), (0, 3, 2, 1), (experts, gate_and_up, width))
         first = self.plan.relayout(gate_up, interleave, graph, node)
         second = self.plan.relayout(down, Relayout.transpose(self.plan.shape(down)), graph, node)
+        top_k = node.attributes.get_int("top_k")
         shape = ir.node("Constant", [], {"value_ints": [-1, experts]})
         flat = ir.node("Reshape", [logits, shape.outputs[0]])
         moe = ir.node(
             "MoE",
             [hidden, flat.outputs[0], first, None, second],
             {
-                "k": node.attributes.get_int("top_k"),
-                "normalize_routing_weights": node.attributes.get_int("norm_topk_prob"),
+                "k": top_k,
+                "normalize_routing_weights": 1,
                 "activation_type": "swiglu",
                 "swiglu_fusion": 1,
                 "activation_alpha": 1.0,
@@ -57,12 +61,26 @@ class MoEToOrt(ir.passes.InPlacePass):
             },
             domain="com.microsoft",
         )
-        moe.metadata_props.update(node.metadata_props)
+        nodes = [shape, flat, moe]
+        if not node.attributes.get_int("norm_topk_prob"):
+            nodes += _times_selected_probability(moe.outputs[0], logits, top_k)
+        for each in nodes:
+            each.metadata_props.update(node.metadata_props)
         ir.convenience.replace_nodes_and_values(
-            graph, node, [node], [shape, flat, moe], [node.outputs[0]], [moe.outputs[0]]
+            graph, node, [node], nodes, [node.outputs[0]], [nodes[-1].outputs[0]]
         )
 
     def ensures(self, model: ir.Model) -> None:
         """Check that every MoEExperts node was replaced."""
         if any(node.op_type == "MoEExperts" for node in model.graph):
             raise ir.passes.PostconditionError("a MoEExperts node is left")
+
+
+def _times_selected_probability(value: ir.Value, logits: ir.Value | None, top_k: int) -> list[ir.Node]:
+    """Nodes that multiply ``value [B, S, H]`` by the sum of each token's ``top_k`` largest probabilities."""
+    count, last_axis = (ir.node("Constant", [], {"value_ints": [number]}) for number in (top_k, -1))
+    probabilities = ir.node("Softmax", [logits], {"axis": -1})
+    top = ir.node("TopK", [probabilities.outputs[0], count.outputs[0]], {"axis": -1}, num_outputs=2)
+    total = ir.node("ReduceSum", [top.outputs[0], last_axis.outputs[0]], {"keepdims": 1})
+    scaled = ir.node("Mul", [value, total.outputs[0]])
+    return [count, last_axis, probabilities, top, total, scaled]

@@ -308,7 +308,7 @@ class Trainer:
 @click.option("--minutes", default=75.0, show_default=True, help="Training time, over all resumed parts.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for state.pt and checkpoint/.")
 @click.option("--processes", default=2, show_default=True, help="Single-threaded processes; one per core.")
-@click.option("--memory-mb", default=300, show_default=True, help="Activation memory a process's micro-batch may keep.")
+@click.option("--memory-mb", default=160, show_default=True, help="Activation memory a process's micro-batch may keep.")
 @click.option("--checkpoint-layers/--checkpoint-long-only", default=False, show_default=True,
               help="Recompute every batch's layers, or only those of batches over the limit.")  # fmt: skip
 @click.option("--save-every", default=180.0, show_default=True, help="Seconds between saved states.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def traced_vision_encoder() -> Trace:
 
 @pytest.fixture(scope="session", autouse=True)
 def exports_trace_once(traced_decoder: Trace, traced_vision_encoder: Trace) -> Iterator[None]:
+    logging.getLogger("torch.__trace").propagate = False  # thousands of records in the report of every failure
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporter, "trace_decoder", traced_decoder)
         patch.setattr(exporter, "trace_vision_encoder", traced_vision_encoder)

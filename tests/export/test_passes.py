@@ -119,7 +119,11 @@ class TestMoEToOrt:
         rewritten.assert_decoder_is_the_same()
 
     def test_without_renormalisation(self, text_moe: Checkpoint, traced_decoder: Trace) -> None:
-        Rewritten(text_moe, traced_decoder, MoEToOrt).assert_decoder_is_the_same()
+        """The kernel's own way of saying it returns garbage inside a graph."""
+        rewritten = Rewritten(text_moe, traced_decoder, MoEToOrt)
+        kernels = [node for node in rewritten.after.graph if node.op_type == "MoE"]
+        assert {node.attributes.get_int("normalize_routing_weights") for node in kernels} == {1}
+        rewritten.assert_decoder_is_the_same()
 
     def test_weights_are_laid_out_for_the_kernel(self, moe: Checkpoint, traced_decoder: Trace) -> None:
         """Row 2j is gate j, row 2j+1 is up j."""
@@ -209,7 +213,7 @@ class TestInlineFunctions:
         assert rewritten.modified == [True] and not rewritten.after.functions
         assert not any("." in name for name in counts), "plain ONNX"
         assert counts["Loop"] == counts["TensorScatter"] // 2 == LAYERS
-        assert counts["Cos"] == 1 and counts["LessOrEqual"] == 1, "what layers share is computed once"
+        assert counts["Cos"] == 1, "what layers share is computed once"
         assert "Constant" not in {node.op_type for node in rewritten.after.graph}
         assert rewritten.after.graph.opset_imports == {"": OPSET}
         rewritten.assert_decoder_is_the_same(tolerance=1e-6)

@@ -154,7 +154,7 @@ def test_node_budget_of_the_30b_decoder(name: str, checkpoints: Checkpoints, tra
     """
     four = checkpoints("qwen3_vl_moe").config
     three = dataclasses.replace(four, text=dataclasses.replace(four.text, num_hidden_layers=3))
-    experts = dataclasses.replace(four, text=dataclasses.replace(four.text, num_experts=128, num_experts_per_tok=8))
+    experts = dataclasses.replace(four, text=dataclasses.replace(four.text, num_experts=128))
     nodes = lowered_nodes(four, name, traced_decoder)
     per_layer = nodes - lowered_nodes(three, name, traced_decoder)
     assert lowered_nodes(experts, name, traced_decoder) == nodes

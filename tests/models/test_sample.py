@@ -15,9 +15,11 @@ from deepstitch.models.sample.evaluate import EPISODES, evaluate, load_sample
 from deepstitch.models.sample.files import CHECKPOINT, new_model, write_checkpoint
 from deepstitch.models.sample.forward import run
 from deepstitch.models.sample.generator import HELD_OUT, KINDS, TRAIN, episode_seed, make_episode
+from deepstitch.models.sample.optimizer import build_optimizers
 from deepstitch.models.sample.packing import pack
 from deepstitch.models.sample.schedule import MemoryPlan, batch_bytes, micro_batch, shares
 from deepstitch.models.sample.tokenizer import build_tokenizer, model_config
+from deepstitch.models.sample.train import Checkpointing, Trainer
 from deepstitch.models.sample.words import vocabulary
 
 torch.set_num_threads(1)
@@ -153,6 +155,35 @@ def test_micro_batches_respect_the_memory_limit():
         assert batch_bytes(batch) < 1.4 * plan.limit_bytes
     assert sum(shares(0.0).values()) == pytest.approx(1)
     assert sum(shares(1.0).values()) == pytest.approx(1)
+
+
+def test_recomputed_layers_give_the_same_gradients():
+    torch.manual_seed(0)
+    model = new_model()
+    switch, batch = Checkpointing(model), pack([make_episode(TRAIN, "one", 0)])
+    norms = []
+    for switch.active in (False, True):
+        model.zero_grad()
+        run(model, batch).logits.logsumexp(-1).sum().backward()
+        norms.append(torch.stack([parameter.grad.norm() for parameter in model.parameters()]))
+    torch.testing.assert_close(*norms)
+
+
+def test_training_runs_and_resumes(tmp_path):
+    plan = MemoryPlan(limit_bytes=20_000_000, step_bytes=30_000_000)
+    trainer = Trainer(tmp_path, 60.0, plan, processes=1, always_checkpoint=True)
+    before = trainer.model.lm_head.weight.clone()
+    optimizers = build_optimizers(trainer.model, trainer.probe, rank=0, size=1)
+    with fast_ops.enabled():
+        loss = trainer.train_step(0, optimizers, warmup=1.0)
+    assert 0 < loss < 20
+    assert not torch.equal(before, trainer.model.lm_head.weight)
+    trainer.save()
+    resumed = Trainer(tmp_path, 60.0, plan, processes=1, always_checkpoint=True)
+    resumed.resume(tmp_path / "state.pt")
+    assert resumed.step == 1
+    assert torch.equal(resumed.model.lm_head.weight, trainer.model.lm_head.weight)
+    assert len(load_sample(tmp_path / "checkpoint").state_dict()) == len(trainer.model.state_dict())
 
 
 def test_answers_held_out_questions_and_needs_deepstack(model):

@@ -67,6 +67,9 @@ def test_batch_rows_stop_on_their_own(pipeline, pictures):
         assert result.finish_reason == single.finish_reason
         lengths.add(len(result.token_ids))
     assert len(lengths) > 1
+    by_length = sorted(together, key=lambda result: len(result.token_ids))
+    seconds = [result.timings["decode"] for result in by_length]
+    assert seconds == sorted(seconds) and seconds[0] > 0
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 1000])
