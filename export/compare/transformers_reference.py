@@ -93,6 +93,7 @@ class TransformersReference:
         types = (ids == self._ids.image_token_id) * _IMAGE + (ids == self._ids.video_token_id) * _VIDEO
         if not row.pixels:
             return {}
+        assert self._images is not None  # rows with pixels come from models with vision
         pictures = [each for each in row.pixels if each.ndim == 3]
         if pictures:
             made = self._images(pictures, return_tensors="pt")

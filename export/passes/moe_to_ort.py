@@ -66,9 +66,7 @@ class MoEToOrt(ir.passes.InPlacePass):
             nodes += _times_selected_probability(moe.outputs[0], logits, top_k)
         for each in nodes:
             each.metadata_props.update(node.metadata_props)
-        ir.convenience.replace_nodes_and_values(
-            graph, node, [node], nodes, [node.outputs[0]], [nodes[-1].outputs[0]]
-        )
+        ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [node.outputs[0]], [nodes[-1].outputs[0]])
 
     def ensures(self, model: ir.Model) -> None:
         """Check that every MoEExperts node was replaced."""

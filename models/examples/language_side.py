@@ -45,6 +45,7 @@ def main() -> tuple[str, str]:
     ids, vision, grid = prepare(example["image"], example["question"])
     model = load_model(CHECKPOINT, language_only=True)
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    assert model.config.image_token_id is not None  # the sample sees
     answer: list[int] = []
     with torch.no_grad():
         embeds, deepstack = encode(ids, vision)

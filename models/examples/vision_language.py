@@ -61,6 +61,7 @@ def main() -> tuple[str, str]:
     example = json.loads((PICTURES / "questions.json").read_text("utf-8"))[0]
     ids, vision, grid = prepare(example["image"], example["question"])
     model = load_model(CHECKPOINT)
+    assert model.config.image_token_id is not None  # the sample sees
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     answer: list[int] = []
     with torch.no_grad():

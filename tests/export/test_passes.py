@@ -200,7 +200,7 @@ class TestNameNodes:
                 "layers.1.self_attn.q_norm/RMSNormalization",
                 "lm_head/MatMul",
             },
-            "vision_encoder": {"blocks.2.attn/SegmentAttention", "deepstack_merger_list.1.linear_fc2/MatMul"},
+            "vision_encoder": {"blocks.2.attn/SegmentAttention", "deepstack_merger_list.1.linear_fc2/Gemm"},
         }[graph]
         assert expected <= set(names)
         assert not any("source" in name or "model." in name for name in names)
