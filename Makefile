@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 
 # One of the questions of models/sample/pictures/questions.json
 PICTURE := models/sample/pictures/count.png
-QUESTION := How many shapes are there?
+QUESTION := How many squares are there?
 
 VENV := .venv
 BIN := $(VENV)/bin
