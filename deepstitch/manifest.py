@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
+import mmap
+import os
 import types
 import typing
 from collections.abc import Callable
@@ -29,6 +33,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+_HASH_STEP = 4 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +136,7 @@ class Manifest:
         weights: dtype the unquantized weights are stored in.
         command: the command line that produced the bundle.
         versions: packages that took part, by name.
-        checkpoint: folder the bundle was exported from, on the machine that did it; ``compare`` looks there first.
+        checkpoint: folder the bundle was exported from, relative to the bundle; ``compare`` looks there first.
     """
 
     format_version: int
@@ -244,19 +249,27 @@ def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
     return kind(**{key: _parse(hints[key], item, f"{where}.{key}") for key, item in value.items()})
 
 
-def file_sha256(path: str | Path, progress: Callable[[int], object] | None = None) -> str:
+def file_sha256(path: str | Path, progress: Callable[[int], object] | None = None, *, past_cache: bool = False) -> str:
     """Hash a file in 4 MiB steps.
 
     Args:
         path: the file.
         progress: called with the number of bytes just hashed.
+        past_cache: read past the page cache where the file system can, so that hashing a file larger than memory
+            neither evicts everything else nor pays for filling pages that nobody reads again.
     """
     digest = hashlib.sha256()
-    with Path(path).open("rb", buffering=0) as file:
-        buffer = bytearray(4 << 20)
-        view = memoryview(buffer)
+    # an anonymous mapping is page-aligned, which direct reads need
+    with mmap.mmap(-1, _HASH_STEP) as buffer, _open_to_hash(path, past_cache) as file, memoryview(buffer) as view:
         while count := file.readinto(view):
             digest.update(view[:count])
             if progress is not None:
                 progress(count)
     return digest.hexdigest()
+
+
+def _open_to_hash(path: str | Path, past_cache: bool) -> io.FileIO:
+    if past_cache and hasattr(os, "O_DIRECT"):
+        with contextlib.suppress(OSError):  # not every file system can
+            return io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
+    return io.FileIO(path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from deepstitch.export.lower import target as find_target
 from deepstitch.export.trace import trace_decoder, trace_vision_encoder
 from deepstitch.export.weights import WeightPlan
 from deepstitch.export.writer import (
+    REFERENCE_FOLDER,
     WEIGHTS_FILE,
+    BackgroundHashes,
     atomic_folder,
     copy_files,
     link_checkpoint,
@@ -39,6 +43,7 @@ from deepstitch.manifest import (
     file_sha256,
 )
 from deepstitch.models.checkpoint import EXPERT_LAYOUTS, Checkpoint, WeightSource
+from deepstitch.models.config import ModelConfig
 from deepstitch.tensorfile import TensorEntry
 
 __all__ = ["ExportConfig", "export_checkpoint"]
@@ -98,37 +103,44 @@ def export_checkpoint(config: ExportConfig) -> Path:
     embedding = facts.embedding_name(checkpoint.config)
     tied = embedding if checkpoint.config.text.tie_word_embeddings else None
     plan = WeightPlan(sources, weights=config.weights, by_reference=config.by_reference, tied=tied)
-    graphs = _lowered_graphs(checkpoint, target, plan, config.progress)
-    plan.add(embedding)
-    with atomic_folder(config.output, overwrite=config.overwrite) as folder:
-        places, files = _write_weights(plan, checkpoint, folder, config)
-        location = {Path(name).name: name for name in files}
-        copied = copy_files(checkpoint.folder, folder)
-        contracts = {DECODER: decoder_contract(checkpoint.config)}
-        if checkpoint.config.vision is not None:
-            contracts[VISION_ENCODER] = vision_contract(checkpoint.config.vision)
-        written = {}
-        for name, model in graphs.items():
-            plan.attach(model, places, location)
-            written[name] = _write_graph(model, name, folder, *contracts[name], check=not config.by_reference)
-        for path in (*copied, *(folder / graph.file for graph in written.values())):
-            files[path.name] = FileRecord(sha256=file_sha256(path), size=path.stat().st_size)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            deepstitch_version=deepstitch.__version__,
-            target=target.name,
-            weights="checkpoint" if config.by_reference else config.weights,
-            command=_command(config),
-            versions=_versions(),
-            model=facts.model_facts(checkpoint, batched_continuation=target.batched_continuation),
-            vision=facts.vision_facts(checkpoint.config),
-            embedding=EmbeddingTable(file=location[places[embedding].path.name], tensor=places[embedding].name),
-            graphs=written,
-            files=files,
-            checkpoint=str(checkpoint.folder.resolve()),
-        )
-        (folder / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
+    with _hashing(checkpoint.files if config.by_reference else (), config.progress) as hashes:
+        graphs = _lowered_graphs(checkpoint, target, plan, config.progress)
+        table = plan.add(embedding)
+        with atomic_folder(config.output, overwrite=config.overwrite) as folder:
+            places, files = _write_weights(plan, checkpoint, folder, hashes, config.progress)
+            location = {Path(name).name: name for name in files}
+            written = _write_graphs(graphs, plan, checkpoint.config, places, location, folder)
+            for path in (*copy_files(checkpoint.folder, folder), *(folder / graph.file for graph in written.values())):
+                files[path.name] = FileRecord(sha256=file_sha256(path), size=path.stat().st_size)
+            place = places[table.name]
+            manifest = Manifest(
+                format_version=FORMAT_VERSION,
+                deepstitch_version=deepstitch.__version__,
+                target=target.name,
+                weights="checkpoint" if config.by_reference else config.weights,
+                command=_command(config),
+                versions=_versions(),
+                model=facts.model_facts(checkpoint, batched_continuation=target.batched_continuation),
+                vision=facts.vision_facts(checkpoint.config),
+                embedding=EmbeddingTable(file=location[place.path.name], tensor=place.name),
+                graphs=written,
+                files=files,
+                checkpoint=Path(os.path.relpath(checkpoint.folder.resolve(), config.output.resolve())).as_posix(),
+            )
+            (folder / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
     return config.output
+
+
+@contextlib.contextmanager
+def _hashing(shards: Sequence[Path], progress: bool) -> Iterator[BackgroundHashes]:
+    """Hash the checkpoint's files, if there are any to be linked, while the graphs are traced."""
+    total = sum(path.stat().st_size for path in shards)
+    disable = None if progress and shards else True
+    with (
+        tqdm(total=total, desc="hash weights", unit="B", unit_scale=True, disable=disable) as bar,
+        BackgroundHashes(shards, bar.update) as hashes,
+    ):
+        yield hashes
 
 
 def _refuse_other_layouts(sources: Mapping[str, WeightSource]) -> None:
@@ -156,23 +168,39 @@ def _lowered_graphs(checkpoint: Checkpoint, target: Target, plan: WeightPlan, pr
 
 
 def _write_weights(
-    plan: WeightPlan, checkpoint: Checkpoint, folder: Path, config: ExportConfig
+    plan: WeightPlan, checkpoint: Checkpoint, folder: Path, hashes: BackgroundHashes, progress: bool
 ) -> tuple[dict[str, TensorEntry], dict[str, FileRecord]]:
     """Write or link the weights; return where each planned tensor lies, and the files' identities."""
-    disable = None if config.progress else True
     copied = [tensor for name, tensor in plan.tensors.items() if not plan.is_referenced(name)]
     total = sum(tensor.nbytes for tensor in copied)
-    with tqdm(total=total, desc="write weights", unit="B", unit_scale=True, disable=disable) as bar:
+    with tqdm(total=total, desc="write weights", unit="B", unit_scale=True, disable=None if progress else True) as bar:
         places, record = write_weights(copied, folder / WEIGHTS_FILE, bar.update)
     files = {WEIGHTS_FILE: record}
-    if config.by_reference:
-        total = sum(path.stat().st_size for path in checkpoint.files)
-        with tqdm(total=total, desc="hash weights", unit="B", unit_scale=True, disable=disable) as bar:
-            files |= link_checkpoint(checkpoint.files, folder, bar.update)
+    if plan.by_reference:
+        link_checkpoint(checkpoint.files, folder)
+        files |= {f"{REFERENCE_FOLDER}/{path.name}": record for path, record in hashes.records().items()}
         for name, tensor in plan.tensors.items():
             if plan.is_referenced(name) and tensor.source.in_place is not None:
                 places[name] = tensor.source.in_place
     return places, files
+
+
+def _write_graphs(
+    graphs: Mapping[str, ir.Model],
+    plan: WeightPlan,
+    config: ModelConfig,
+    places: Mapping[str, TensorEntry],
+    location: Mapping[str, str],
+    folder: Path,
+) -> dict[str, Graph]:
+    contracts = {DECODER: decoder_contract(config)}
+    if config.vision is not None:
+        contracts[VISION_ENCODER] = vision_contract(config.vision)
+    written = {}
+    for name, model in graphs.items():
+        plan.attach(model, places, location)
+        written[name] = _write_graph(model, name, folder, *contracts[name], check=not plan.by_reference)
+    return written
 
 
 def _write_graph(

@@ -232,7 +232,7 @@ class WeightPlan:
 
 def _cast_to_float32(value: ir.Value, graph: ir.Graph) -> None:
     users = list(value.uses())
-    cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+    cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{value.name}/Cast")
     cast.outputs[0].name = f"{value.name}.float32"
     cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     cast.outputs[0].shape = value.shape

@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 from deepstitch.errors import OutputError
@@ -22,6 +23,7 @@ __all__ = [
     "COPIED_FILES",
     "REFERENCE_FOLDER",
     "WEIGHTS_FILE",
+    "BackgroundHashes",
     "atomic_folder",
     "copy_files",
     "link_checkpoint",
@@ -143,37 +145,65 @@ def write_weights(
     return entries, FileRecord(sha256=digest.hexdigest(), size=position)
 
 
-def link_checkpoint(shards: Iterable[Path], folder: Path, progress: Progress) -> dict[str, FileRecord]:
-    """Hard-link the checkpoint's shards into the bundle: no second copy, and the bundle outlives the
-    checkpoint folder.
+class BackgroundHashes:
+    """Hashes files in threads while the caller does something else; leaving the context abandons what is not done.
 
-    A symbolic link or a path outside the bundle would do as well on disk, but ONNX Runtime refuses weights
-    that lie outside the graph's folder.
+    Reading and hashing 61 GB takes as long as tracing the graphs, and neither needs the other.
+    """
+
+    def __init__(self, paths: Iterable[Path], progress: Progress) -> None:
+        """Start.
+
+        Args:
+            paths: the files.
+            progress: called, from any thread, with the number of bytes just hashed.
+        """
+        self._progress = progress
+        self._abandoned = threading.Event()
+        self._pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+        self._digests = {path: self._pool.submit(file_sha256, path, self._advance, past_cache=True) for path in paths}
+
+    def _advance(self, count: int) -> None:
+        if self._abandoned.is_set():
+            raise CancelledError
+        self._progress(count)
+
+    def __enter__(self) -> BackgroundHashes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._abandoned.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def records(self) -> dict[Path, FileRecord]:
+        """Wait for all files and return their identities."""
+        return {
+            path: FileRecord(sha256=digest.result(), size=path.stat().st_size) for path, digest in self._digests.items()
+        }
+
+
+def link_checkpoint(shards: Iterable[Path], folder: Path) -> None:
+    """Hard-link the checkpoint's shards into the bundle: no second copy, and the bundle outlives the checkpoint folder.
+
+    A symbolic link or a path outside the bundle would do as well on disk, but ONNX Runtime refuses weights that lie
+    outside the graph's folder.
 
     Args:
         shards: the checkpoint's safetensors files.
         folder: the bundle.
-        progress: called with the number of bytes just hashed.
 
     Raises:
         OutputError: the bundle is on another file system.
     """
-    shards = list(shards)
     (folder / REFERENCE_FOLDER).mkdir()
     for shard in shards:
         try:
             os.link(shard.resolve(), folder / REFERENCE_FOLDER / shard.name)
         except OSError as error:
             raise OutputError(
-                f"--by-reference: cannot hard-link {shard} into the bundle ({error.strerror}); put the bundle on the "
-                "checkpoint's file system, or leave the flag out to write a copy"
+                f"--by-reference: cannot hard-link {shard} into the bundle ({error.strerror}); put the bundle on "
+                "the checkpoint's file system, or leave the flag out to write a copy"
             ) from None
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the interpreter lock
-        digests = list(pool.map(lambda shard: file_sha256(shard, progress), shards))
-    return {
-        f"{REFERENCE_FOLDER}/{shard.name}": FileRecord(sha256=digest, size=shard.stat().st_size)
-        for shard, digest in zip(shards, digests, strict=True)
-    }
 
 
 def copy_files(checkpoint: Path, folder: Path) -> list[Path]:

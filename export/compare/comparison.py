@@ -177,8 +177,10 @@ def _polygraphy_candidate(bundle: Bundle) -> Iterator[Candidate]:
 
 def _remembered(bundle: Bundle) -> Path | None:
     """The checkpoint folder the bundle was exported from, if this machine still has it."""
-    folder = bundle.manifest.checkpoint
-    return Path(folder) if folder is not None and Path(folder, "config.json").is_file() else None
+    if bundle.manifest.checkpoint is None:
+        return None
+    folder = bundle.folder / bundle.manifest.checkpoint
+    return folder if (folder / "config.json").is_file() else None
 
 
 def _same_model(bundle: Bundle, other: Bundle) -> None:

@@ -41,9 +41,9 @@ def _passes(plan: WeightPlan) -> list[ir.passes.InPlacePass]:
         ConstantReshapes(),
         MoEToOrt(plan),
         MRotaryToOrt(),
-        NameNodes(),
         TransposeWeights(plan),
         InlineFunctions(parse_functions((_CACHED_ATTENTION, segment_attention(_VISION_KERNEL)), com_microsoft=1)),
+        NameNodes(),
     ]
 
 

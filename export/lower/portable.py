@@ -15,7 +15,7 @@ __all__ = ["TARGET"]
 
 
 def _passes(plan: WeightPlan) -> list[ir.passes.InPlacePass]:
-    return [ConstantReshapes(), NameNodes(), TransposeWeights(plan), InlineFunctions()]
+    return [ConstantReshapes(), TransposeWeights(plan), InlineFunctions(), NameNodes()]
 
 
 TARGET = Target(name="portable", passes=_passes, batched_continuation=True)

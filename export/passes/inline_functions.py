@@ -35,6 +35,7 @@ class InlineFunctions(ir.passes.InPlacePass):
                 model.functions[function.identifier()] = function
         modified = bool(model.functions)
         common.InlinePass()(model)
+        model.functions.clear()  # the inliner keeps those that another pass has replaced every use of
         common.RemoveUnusedNodesPass()(model)
         common.CommonSubexpressionEliminationPass()(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

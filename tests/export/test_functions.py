@@ -133,7 +133,7 @@ def test_cached_attention(lengths: str, heads: tuple[int, int], body: str) -> No
     attributes = {"num_heads": num_heads, "kv_num_heads": kv_heads, "scale": width**-0.5}
     ranks = {"output": 3, "present_key": 4, "present_value": 4}
     if body == "ort-cpu" and len(past) > 1 and max(new) > 1 and max(past) > 0:
-        with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument, match="batch size must be 1"):
+        with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument, match="batch_size must be 1"):
             run_operator(proto, feeds, ranks, **attributes)
         assert not ort_cpu.TARGET.batched_continuation
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from deepstitch.errors import OutputError
 from deepstitch.export import writer
-from deepstitch.export.writer import atomic_folder, copy_files, link_checkpoint, refuse_existing
+from deepstitch.export.writer import BackgroundHashes, atomic_folder, copy_files, link_checkpoint, refuse_existing
 
 
 def fill(folder: Path) -> None:
@@ -107,11 +108,32 @@ def test_links_are_the_same_file(tmp_path: Path) -> None:
     (tmp_path / "blobs" / "abc").write_bytes(b"weights")
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "abc")
     (tmp_path / "out").mkdir()
-    hashed: list[int] = []
-    files = link_checkpoint([tmp_path / "model.safetensors"], tmp_path / "out", hashed.append)
+    link_checkpoint([tmp_path / "model.safetensors"], tmp_path / "out")
     linked = tmp_path / "out" / "checkpoint" / "model.safetensors"
     assert not linked.is_symlink() and linked.samefile(tmp_path / "blobs" / "abc")
-    assert files["checkpoint/model.safetensors"].size == 7 and sum(hashed) == 7
+
+
+def test_hashes_made_in_the_background(tmp_path: Path) -> None:
+    contents = {tmp_path / name: name.encode() * 2_000_000 for name in ("one", "three")}
+    for path, content in contents.items():
+        path.write_bytes(content)
+    hashed: list[int] = []
+    with BackgroundHashes(contents, hashed.append) as hashes:
+        records = hashes.records()
+    assert {path: record.sha256 for path, record in records.items()} == {
+        path: hashlib.sha256(content).hexdigest() for path, content in contents.items()
+    }
+    assert sum(hashed) == sum(record.size for record in records.values()) == 16_000_000
+
+
+def test_abandoned_hashes_stop(tmp_path: Path) -> None:
+    """An export that fails early must not go on reading 61 GB."""
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 30)
+    hashed: list[int] = []
+    with pytest.raises(KeyError), BackgroundHashes([tmp_path / "large"], hashed.append):
+        raise KeyError
+    assert sum(hashed) < 1 << 30
 
 
 def test_links_need_one_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +143,7 @@ def test_links_need_one_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(writer.os, "link", refuse)
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(OutputError, match=r"cannot hard-link .*; put the bundle on the checkpoint's file system"):
-        link_checkpoint([tmp_path / "model.safetensors"], tmp_path, lambda count: None)
+        link_checkpoint([tmp_path / "model.safetensors"], tmp_path)
 
 
 def test_copied_files_are_untouched(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
