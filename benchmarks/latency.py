@@ -4,8 +4,8 @@
 
 Each runtime lives in a process of its own, so that the idle threads of one do not slow the other, and answers when its
 turn comes. Per runtime: load, time to first token (picture preprocessing, vision encoder, prefill) and decode tokens
-per second, as median, minimum and maximum over ``--rounds``; ratios above 1 are in favour of deepstitch. Both run in fp32
-with the same number of threads; ``same_tokens`` says whether all answers were equal.
+per second, as median, minimum and maximum over ``--rounds``; ratios above 1 are in favour of deepstitch. Both run in
+fp32 with the same number of threads; ``same_tokens`` says whether all answers were equal.
 """
 
 from __future__ import annotations
