@@ -1,5 +1,6 @@
 # Two commands for a machine that has only Python (3.10 or later), pip and make:
-#   make demo   exports the sample model, asks it about a picture, prints the answer and the time of each stage
+#   make demo   exports the sample model, compares it with PyTorch, asks it about a picture, prints the answer and the
+#               time of each stage
 #   make test   runs everything a change has to pass
 # Both create .venv and install what they need; a second call starts at once.
 
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 demo: $(VENV)/export-installed
 	rm -rf demo
-	$(BIN)/deepstitch export models/sample/checkpoint --target ort-cpu -o demo --no-compare
+	$(BIN)/deepstitch export models/sample/checkpoint --target ort-cpu -o demo
 	$(BIN)/deepstitch run demo --image $(PICTURE) --prompt "$(QUESTION)"
 
 test: lint typecheck pytest

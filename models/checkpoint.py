@@ -172,7 +172,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(
                 f"{folder}: no such folder; deepstitch reads local folders, download the checkpoint first "
-                "(huggingface-cli download)"
+                "(hf download)"
             )
         config = ModelConfig.from_file(folder)
         entries: dict[str, TensorEntry] = {}
