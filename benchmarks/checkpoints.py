@@ -165,8 +165,15 @@ def write_sparse_checkpoint(config: dict[str, Any], folder: Path) -> int:
 
 
 def write_random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0) -> None:
-    """Write one fp32 safetensors file of random weights, tensor by tensor."""
+    """Write one fp32 safetensors file of random weights, tensor by tensor.
+
+    Experts are in the layout transformers 5 saves: where 2I == H, as in ``mid``, it takes the published layout for its
+    own and computes something else, silently.
+    """
     tensors = _prepare(config, folder)
+    for name, shape in tensors.items():
+        if ".mlp.experts." in name:
+            tensors[name] = (shape[0], shape[2], shape[1])
     generator = np.random.default_rng(seed)
     header, _ = _header(tensors, "F32")
     with (folder / "model.safetensors").open("wb") as out:

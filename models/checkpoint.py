@@ -171,8 +171,7 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(
-                f"{folder}: no such folder; deepstitch reads local folders, download the checkpoint first "
-                "(hf download)"
+                f"{folder}: no such folder; deepstitch reads local folders, download the checkpoint first (hf download)"
             )
         config = ModelConfig.from_file(folder)
         entries: dict[str, TensorEntry] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from deepstitch.errors import BundleError, InputError
+from deepstitch.errors import BundleError, InputError, UnsupportedError
 from deepstitch.export.compare.candidate import Candidate
 from deepstitch.export.compare.cases import CASES, Case
 from deepstitch.export.compare.inputs import CaseInputs, InputMaker
@@ -133,6 +133,8 @@ def reference_opener(
         )
     _same_checkpoint(bundle, checkpoint)
     check_memory(checkpoint, expert_layout)
+    if against == "transformers":
+        _refuse_what_transformers_misreads(checkpoint)
 
     @contextlib.contextmanager
     def load() -> Iterator[Reference]:
@@ -179,7 +181,7 @@ def _remembered(bundle: Bundle) -> Path | None:
     """The checkpoint folder the bundle was exported from, if this machine still has it."""
     if bundle.manifest.checkpoint is None:
         return None
-    folder = bundle.folder / bundle.manifest.checkpoint
+    folder = (bundle.folder / bundle.manifest.checkpoint).resolve()
     return folder if (folder / "config.json").is_file() else None
 
 
@@ -198,6 +200,25 @@ def _same_model(bundle: Bundle, other: Bundle) -> None:
                 f"--reference {other.folder}: {name} is {theirs!r}, the compared bundle has {mine!r}; "
                 "give a bundle of the same model"
             )
+
+
+def _refuse_what_transformers_misreads(checkpoint: Path) -> None:
+    """transformers 5 tells the layouts of experts apart tensor by tensor, and a square one it takes for its own."""
+    from deepstitch.models.checkpoint import Checkpoint
+
+    opened = Checkpoint.open(checkpoint)
+    text = opened.config.text
+    if text.num_experts == 0 or text.hidden_size not in (text.moe_intermediate_size, 2 * text.moe_intermediate_size):
+        return
+    stacked = f"{'model.language_model' if opened.config.vision else 'model'}.layers"
+    experts = [name for name in opened.entries if name.startswith(stacked) and name.endswith("experts.gate_up_proj")]
+    sources = opened.sources()
+    if any(sources[name].in_place is not None for name in experts):
+        raise UnsupportedError(
+            f"--against transformers: {checkpoint} holds square expert matrices (H={text.hidden_size}, "
+            f"I={text.moe_intermediate_size}) in the published layout, which transformers loads transposed without "
+            "saying so; compare with --against pytorch"
+        )
 
 
 def _same_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
