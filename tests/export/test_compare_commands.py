@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from deepstitch.cli import main
+from deepstitch.errors import UnsupportedError
 from deepstitch.export.compare import comparison
 from deepstitch.export.passes import mrotary_to_ort
 
@@ -93,6 +94,17 @@ def test_the_checkpoint_is_remembered(
     monkeypatch.setattr(comparison, "_remembered", lambda bundle: None)  # the folder has gone
     assert main(words) == 2
     assert "--against pytorch needs --checkpoint DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("half", [1, 2], ids=["H == I", "H == 2I"])
+def test_transformers_is_no_reference_for_square_experts(tiny_checkpoint: Fixture, half: int) -> None:
+    """It takes the published layout for its own and computes something else, without a word."""
+    square = {"hidden_size": 64, "moe_intermediate_size": 64 // half}
+    published, saved = (tiny_checkpoint("qwen3_vl_moe", layout, **square) for layout in ("hub", "transformers"))
+    with pytest.raises(UnsupportedError, match="loads transposed"):
+        comparison._refuse_what_transformers_misreads(published)
+    comparison._refuse_what_transformers_misreads(saved)
+    comparison._refuse_what_transformers_misreads(tiny_checkpoint("qwen3_vl_moe"))
 
 
 def test_page_and_looser_limit_from_the_command_line(
