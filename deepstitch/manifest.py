@@ -26,6 +26,7 @@ __all__ = [
     "Graph",
     "Manifest",
     "ModelFacts",
+    "Quantization",
     "TensorSpec",
     "VisionFacts",
     "file_sha256",
@@ -66,10 +67,33 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingTable:
-    """Where the token embedding lies: a tensor ``[vocab, H]`` inside a safetensors file of the bundle."""
+    """Where the token embedding lies: a tensor ``[vocab, H]`` inside a safetensors file of the bundle.
+
+    Attributes:
+        stored: ``int8/32``, ``int4/64+zp``, … (see :class:`deepstitch.blockwise.WeightFormat`): the tensor holds
+            integers, with scales and zero points in ``<tensor>.scales`` and ``<tensor>.zero_points``; None: floats.
+    """
 
     file: str
     tensor: str
+    stored: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How integer weights came about.
+
+    Attributes:
+        method: ``rtn``, ``search`` or ``gptq``.
+        calibration_tokens: tokens the method looked at; 0 without calibration.
+        bits_per_weight: average over the integer weights, scales included.
+        formats: by parameter name, e.g. ``int4/32``; see :class:`deepstitch.blockwise.WeightFormat`.
+    """
+
+    method: str
+    calibration_tokens: int
+    bits_per_weight: float
+    formats: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +157,9 @@ class Manifest:
     Attributes:
         graphs: ``decoder`` and, with vision, ``vision_encoder``.
         files: every other file of the bundle by its path relative to the folder, with forward slashes.
-        weights: dtype the unquantized weights are stored in.
+        weights: what the decoder's matrices are stored as: fp32, fp16, int8, int4, mixed or checkpoint.
+        vision_weights: likewise for the vision encoder.
+        quantization: None where no weights are integers.
         command: the command line that produced the bundle.
         versions: packages that took part, by name.
         checkpoint: folder the bundle was exported from, relative to the bundle; ``compare`` looks there first.
@@ -151,6 +177,8 @@ class Manifest:
     graphs: dict[str, Graph]
     files: dict[str, FileRecord] = field(default_factory=dict)
     checkpoint: str | None = None
+    vision_weights: str | None = None
+    quantization: Quantization | None = None
 
     def to_json(self) -> str:
         """Serialise; the inverse of :meth:`from_json`."""

@@ -31,6 +31,7 @@ class Answer:
         token_ids: chosen so far.
         finish_reason: ``None`` while it runs.
         decode_seconds: time spent on its tokens after the first.
+        engine_seconds: the part of it spent inside the engine.
     """
 
     def __init__(self, row: int, parts: ModelParts, prompt: Prompt, options: GenerationOptions) -> None:
@@ -39,6 +40,7 @@ class Answer:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.decode_seconds = 0.0
+        self.engine_seconds = 0.0
         self._row = row
         self._options = options
         self._eos = () if options.ignore_eos else model.eos_token_ids
@@ -48,6 +50,11 @@ class Answer:
         self._stop = StopStrings(options.stop)
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
+
+    @property
+    def remaining(self) -> int:
+        """Tokens it may still have."""
+        return self._options.max_tokens - len(self.token_ids)
 
     def accept(self, logits: Floats) -> Piece:
         """Choose a token from ``(vocab,)`` logits and decide whether it was the last."""
@@ -84,7 +91,7 @@ class Answer:
             cached_tokens=cached_tokens,
             visual_tokens=int(vision.tokens_per_item.sum()) if vision else 0,
             finish_reason=self.finish_reason or "interrupted",
-            timings=asdict(replace(timings, decode=self.decode_seconds)),
+            timings=asdict(replace(timings, decode=self.decode_seconds, engine=self.engine_seconds)),
             logprobs=None if self._options.num_top_logprobs is None else tuple(self._logprobs),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,7 +56,8 @@ class StepCall:
     Attributes:
         inputs_embeds: ``(B, width, H)`` float32, zero beyond a row's tokens.
         position_ids: ``(3, B, width)`` int64.
-        query_lengths: ``(B,)`` int32, all ``width`` until :meth:`fill` says otherwise.
+        query_lengths: ``(B,)`` int32, all ``width`` until :meth:`fill` says otherwise. Until then, where ``wanted``
+            equals ``width``, the logits are those of every token in order, else those of the first.
         logits: ``(B, wanted, vocab)`` float32, overwritten by each run.
         version: the cache's version these bindings belong to.
     """
@@ -92,6 +94,8 @@ class StepCall:
         self.logits = np.empty((batch, wanted, model.vocab_size), np.float32)
         self._past_lengths = np.zeros(batch, np.int32)
         self._logit_index = np.zeros((batch, wanted), np.int64)
+        if wanted == width:
+            self._logit_index[:] = np.arange(width)
         self._deepstack_embeds = np.zeros((1 + visual, model.num_deepstack * model.hidden_size), np.float32)
         self._deepstack_index = np.zeros((batch, width), np.int32)
         inputs = self._inputs(with_deepstack=model.num_deepstack > 0)
@@ -113,11 +117,19 @@ class StepCall:
             self._deepstack_index[row, :count] = np.where(index > 0, index + next_visual - 1, 0)
             next_visual += visual
 
-    def run(self, past_lengths: npt.NDArray[np.int32]) -> None:
-        """Run over rows that hold ``past_lengths`` tokens each; the caller advances its own lengths."""
+    def run(self, past_lengths: npt.NDArray[np.int32]) -> float:
+        """Run over rows that hold ``past_lengths`` tokens each; the caller advances its own lengths.
+
+        Returns:
+            Seconds inside the engine.
+        """
         self._past_lengths[:] = past_lengths
-        self._runs[self._cache.current]()
+        run = self._runs[self._cache.current]
+        began = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - began
         self._cache.commit(self._rows, self._past_lengths, self.inputs_embeds.shape[1])
+        return seconds
 
     def _inputs(self, *, with_deepstack: bool) -> dict[str, Array]:
         inputs: dict[str, Array] = {

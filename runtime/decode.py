@@ -1,4 +1,4 @@
-"""The decoder graph over a KV cache: prefill of whole rows, and steps of one token per row.
+"""The decoder graph over a KV cache: prefill of whole rows, steps of one token per row, and guesses to check.
 
 Everything that depends on a kernel's limits is decided here: whether several rows may share one call, and how
 a long prompt is cut into chunks.
@@ -24,6 +24,7 @@ class DecoderState:
 
     Attributes:
         lengths: ``(B,)`` int32, valid tokens in the cache per row.
+        engine_seconds: time spent inside the engine so far.
     """
 
     def __init__(self, engine: Engine, *, rows: int = 1, capacity: int = 256) -> None:
@@ -44,7 +45,9 @@ class DecoderState:
             in_place=manifest.model.kv_cache_in_place,
         )
         self.lengths = np.zeros(rows, np.int32)
-        self._step: StepCall | None = None
+        self.engine_seconds = 0.0
+        self._steps: dict[int, StepCall] = {}  # by width
+        self._steps_version = self._cache.version
 
     @property
     def rows(self) -> int:
@@ -58,7 +61,9 @@ class DecoderState:
 
     def reserve(self, capacity: int) -> None:
         """Make room for ``capacity`` tokens per row, so that the cache does not have to grow on the way."""
-        self._cache.reserve(capacity, self.lengths)
+        if capacity > self._cache.capacity:
+            self._steps.clear()  # they hold on to the memory the cache leaves
+            self._cache.reserve(capacity, self.lengths)
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of ``row`` from ``length`` on."""
@@ -116,16 +121,43 @@ class DecoderState:
         Returns:
             ``(B, vocab)`` logits: a view that the next step overwrites.
         """
-        self._cache.reserve(int(self.lengths.max()) + 1, self.lengths)
-        call = self._step
-        if call is None or call.version != self._cache.version:
-            rows = range(self.rows)
-            call = self._step = StepCall(self._graph, self._model, self._cache, rows, width=1, wanted=1)
+        call = self._step_call(1)
         call.inputs_embeds[:, 0] = embeds
         call.position_ids[:, :, 0] = position_ids
-        call.run(self.lengths)
+        self.engine_seconds += call.run(self.lengths)
         self.lengths += 1
         return call.logits[:, 0]
+
+    def propose(self, embeds: Floats, position_ids: Ints) -> Floats:
+        """Try text tokens after those of the only row; :meth:`keep` makes the right ones part of it.
+
+        Args:
+            embeds: ``(n, H)`` float32.
+            position_ids: ``(n,)`` int64.
+
+        Returns:
+            ``(n, vocab)`` logits, one row per token: a view that the next call overwrites.
+        """
+        call = self._step_call(len(embeds))
+        call.inputs_embeds[0] = embeds
+        call.position_ids[:, 0] = position_ids
+        self.engine_seconds += call.run(self.lengths)
+        return call.logits[0]
+
+    def keep(self, count: int) -> None:
+        """Append the next ``count`` of the tokens proposed last; what is not kept is overwritten later."""
+        self.lengths += count
+
+    def _step_call(self, width: int) -> StepCall:
+        """The call that adds ``width`` tokens to every row; made once as long as the cache stays where it is."""
+        self.reserve(max(self.lengths.tolist()) + width)  # faster than numpy's max for a handful of rows
+        if self._steps_version != self._cache.version:
+            self._steps.clear()  # they hold on to the memory of an earlier cache
+            self._steps_version = self._cache.version
+        if width not in self._steps:
+            rows = range(self.rows)
+            self._steps[width] = StepCall(self._graph, self._model, self._cache, rows, width=width, wanted=width)
+        return self._steps[width]
 
     def _check_room(self, rows: Sequence[RowTokens]) -> None:
         limit = self._model.max_position_embeddings
@@ -149,7 +181,7 @@ class DecoderState:
         """One call: append ``parts`` to ``rows``; returns the logits at the positions ``picks`` of each."""
         width = max(map(len, parts))
         starts = self.lengths[rows.start : rows.stop]
-        self._cache.reserve(int(starts.max()) + width, self.lengths)
+        self.reserve(int(starts.max()) + width)
         call = StepCall(
             self._graph,
             self._model,
@@ -160,6 +192,6 @@ class DecoderState:
             visual=sum(len(part.deepstack) for part in parts),
         )
         call.fill(parts, picks)
-        call.run(starts)
+        self.engine_seconds += call.run(starts)
         starts += call.query_lengths  # a view: this advances self.lengths
         return [call.logits[row, : len(pick)] for row, pick in enumerate(picks)]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from deepstitch.blockwise import WeightFormat, dequantize, unpack_zero_points
 from deepstitch.errors import BundleError, InputError
 from deepstitch.runtime.bundle import Bundle
 from deepstitch.runtime.calls import Floats, RowTokens
 from deepstitch.runtime.encoder_cache import VisionFeatures
 from deepstitch.runtime.preprocess import Prompt
-from deepstitch.tensorfile import TensorFile, to_float32
+from deepstitch.tensorfile import DTYPE_BYTES, TensorEntry, TensorFile, to_float32
 
 __all__ = ["EmbeddingTable", "item_spans", "merge"]
 
@@ -22,9 +24,9 @@ _FLOATS = ("F32", "F16", "BF16")
 class EmbeddingTable:
     """The token embedding ``[vocab, H]``, memory-mapped; only the rows asked for are read."""
 
-    def __init__(self, rows: npt.NDArray[np.generic], dtype: str) -> None:
+    def __init__(self, rows: int, read: Callable[[npt.NDArray[np.int64]], Floats]) -> None:
         self._rows = rows
-        self._dtype = dtype
+        self._read = read
 
     @classmethod
     def open(cls, bundle: Bundle) -> EmbeddingTable:
@@ -34,22 +36,49 @@ class EmbeddingTable:
             BundleError: the tensor does not have the shape or dtype of an embedding of this model.
         """
         place, model = bundle.manifest.embedding, bundle.manifest.model
-        entry = TensorFile.open(bundle.folder / place.file)[place.tensor]
-        if entry.dtype not in _FLOATS or entry.shape != (model.vocab_size, model.hidden_size):
+        tensors = TensorFile.open(bundle.folder / place.file)
+        entry = tensors[place.tensor]
+        try:
+            stored = WeightFormat.parse(place.stored) if place.stored else None
+        except ValueError as error:
+            raise BundleError(f"{bundle.folder}: manifest entry 'embedding': {error}; export again") from None
+        expected = model.vocab_size * model.hidden_size * (stored.bits if stored else 8 * DTYPE_BYTES[entry.dtype]) // 8
+        dtypes = ("U8",) if stored else _FLOATS
+        if entry.dtype not in dtypes or entry.shape[0] != model.vocab_size or entry.nbytes != expected:
             raise BundleError(
                 f"{entry.path}: embedding '{entry.name}' is {entry.dtype} {list(entry.shape)}, "
-                f"expected [{model.vocab_size}, {model.hidden_size}] of {', '.join(_FLOATS)}; "
+                f"expected [{model.vocab_size}, {model.hidden_size}] of {place.stored or ', '.join(dtypes)}; "
                 "export the checkpoint again"
             )
-        # a plain view: indexing a numpy.memmap costs several times as much per call
-        return cls(np.asarray(entry.read()), entry.dtype)
+        if stored is not None:
+            return cls(model.vocab_size, _integer_rows(tensors, place.tensor, stored))
+        table = _mapped(entry)
+        return cls(model.vocab_size, lambda ids: to_float32(table[ids], entry.dtype))
 
     def __call__(self, ids: npt.NDArray[np.int64]) -> Floats:
         """Look up ``(n,)`` ids; returns fresh ``(n, H)`` float32."""
-        return to_float32(self._rows[ids], self._dtype)
+        return self._read(ids)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._rows
+
+
+def _mapped(entry: TensorEntry) -> npt.NDArray[Any]:
+    return np.asarray(entry.read())  # a plain view: indexing a numpy.memmap costs several times as much per call
+
+
+def _integer_rows(tensors: TensorFile, name: str, stored: WeightFormat) -> Callable[[npt.NDArray[np.int64]], Floats]:
+    """Reads rows of a table of integers."""
+    scales = _mapped(tensors[f"{name}.scales"])
+    values = _mapped(tensors[name]).reshape(*scales.shape, -1)
+    zero_points = None
+    if not stored.symmetric:
+        zero_points = unpack_zero_points(_mapped(tensors[f"{name}.zero_points"]), scales.shape, stored.bits)
+
+    def read(ids: npt.NDArray[np.int64]) -> Floats:
+        return dequantize(values[ids], scales[ids], None if zero_points is None else zero_points[ids], stored)
+
+    return read
 
 
 def merge(

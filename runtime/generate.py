@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,10 +18,13 @@ from deepstitch.runtime.parts import ModelParts
 from deepstitch.runtime.preprocess import Prompt, VisionBatch
 from deepstitch.runtime.results import Result, Timings
 from deepstitch.runtime.sampling import GenerationOptions
+from deepstitch.runtime.speculative import Drafter
 
 __all__ = ["Generation"]
 
-_FIRST_RESERVE = 256  # answer tokens to make room for at once; longer answers double the cache
+# Answer tokens to make room for at once; longer answers double the cache. In place, room costs nothing until used;
+# elsewhere the graph copies all of it in every step.
+_FIRST_RESERVE, _FIRST_RESERVE_IN_PLACE = 256, 4096
 
 
 class Generation:
@@ -56,6 +60,7 @@ class Generation:
         self._options = options
         self._start = start
         self.timings = Timings()
+        self._engine_before = 0.0
         model = parts.engine.bundle.manifest.model
         for prompt in prompts:
             _check_context(len(prompt.input_ids), options.max_tokens, model.max_position_embeddings)
@@ -63,7 +68,9 @@ class Generation:
         self._running = list(self._rows)
         self._rope_deltas = np.array([prompt.rope_delta for prompt in prompts], np.int64)
         longest = max(len(prompt.input_ids) for prompt in prompts)
-        capacity = longest + min(options.max_tokens, _FIRST_RESERVE)
+        room = _FIRST_RESERVE_IN_PLACE if model.kv_cache_in_place else _FIRST_RESERVE
+        capacity = longest + min(options.max_tokens, room)
+        self._drafter = _drafter(parts, prompts, options)
         self.state = state or DecoderState(parts.engine, rows=len(prompts), capacity=capacity)
         self.state.truncate(0, start if state else 0)
         self.state.reserve(capacity)
@@ -73,7 +80,7 @@ class Generation:
         inputs = self._embed_prompts()
         yield from self._prefill(inputs)
         while self._running:
-            yield from self._step()
+            yield from self._step() if self._drafter is None else self._speculate(self._drafter)
 
     def interrupt(self) -> None:
         """End every unfinished row where it is."""
@@ -83,7 +90,10 @@ class Generation:
 
     def result(self, row: int = 0) -> Result:
         """The answer of a finished row; ``load`` and ``preprocess`` seconds are the caller's to fill in."""
-        return self._rows[row].result(self.timings, cached_tokens=self._start)
+        result = self._rows[row].result(self.timings, cached_tokens=self._start)
+        if self._drafter is None:
+            return result
+        return replace(result, drafted_tokens=self._drafter.drafted, accepted_tokens=self._drafter.accepted)
 
     def cached_tokens(self) -> CachedTokens:
         """What the cache holds for the single row: the prompt, and the answer as far as it was fed back."""
@@ -121,8 +131,11 @@ class Generation:
     def _prefill(self, inputs: Sequence[RowTokens]) -> list[Piece]:
         """Run the prompts and choose the first token of each answer."""
         began = time.perf_counter()
-        logits = self.state.prefill(inputs, chunk=self._options.prefill_chunk)
+        logits = self.state.prefill(inputs, chunk=self._options.prefill_chunk or None)
         pieces = self._accept([each[0] for each in logits])
+        if self._drafter is not None:
+            self._drafter.push(pieces[0].token_id)
+        self._engine_before = self.state.engine_seconds
         self.timings.prefill = time.perf_counter() - began
         return pieces
 
@@ -133,10 +146,39 @@ class Generation:
         logits = self.state.step(embeds, self.state.lengths + self._rope_deltas)
         running = self._running
         pieces = self._accept(logits)
-        self.timings.decode += time.perf_counter() - began
-        for row in running:
-            row.decode_seconds = self.timings.decode
+        self._clock(running, began)
         return pieces
+
+    def _speculate(self, drafter: Drafter) -> Iterator[Piece]:
+        """Feed the last token and guesses of the next; choose tokens until one differs from its guess.
+
+        A token is chosen when its piece is asked for, so an answer interrupted here is the same as without guesses.
+        """
+        began = time.perf_counter()
+        (row,) = running = self._running
+        fed = [row.token_ids[-1], *drafter.draft(row.remaining - 1)]
+        place = int(self.state.lengths[0] + self._rope_deltas[0])
+        spent = self.state.engine_seconds
+        logits = self.state.propose(self._parts.table(np.array(fed)), np.arange(place, place + len(fed)))
+        drafter.costs.observe(len(fed), self.state.engine_seconds - spent)
+        for guess, values in zip([*fed[1:], None], logits, strict=True):
+            (piece,) = self._accept([values])
+            self.state.keep(1)
+            drafter.push(piece.token_id)
+            right = piece.token_id == guess
+            drafter.accepted += right
+            self._clock(running, began)
+            yield piece
+            if not right or not self._running:  # also when it was ended from outside
+                return
+            began = time.perf_counter()
+
+    def _clock(self, rows: Sequence[Answer], began: float) -> None:
+        """Count the time since ``began`` as decoding."""
+        self.timings.decode += time.perf_counter() - began
+        for row in rows:
+            row.decode_seconds = self.timings.decode
+            row.engine_seconds = self.state.engine_seconds - self._engine_before
 
     def _accept(self, logits: Sequence[Floats] | Floats) -> list[Piece]:
         running = self._running
@@ -166,6 +208,15 @@ def _items_from(prompt: Prompt, start: int, visual_ids: Sequence[int]) -> Vision
         return prompt.vision
     wanted = np.flatnonzero(item_spans(prompt, visual_ids)[0] >= start).tolist()
     return prompt.vision.take(wanted) if wanted else None
+
+
+def _drafter(parts: ModelParts, prompts: Sequence[Prompt], options: GenerationOptions) -> Drafter | None:
+    """Guesses for a single row; several rows share each call already, and most kernels take one guess at a time."""
+    if options.speculate == 0 or len(prompts) > 1:
+        return None
+    return Drafter(
+        prompts[0].input_ids.tolist(), longest=options.speculate, ngram=options.speculate_ngram, costs=parts.costs
+    )
 
 
 def _check_context(prompt_tokens: int, max_tokens: int, limit: int) -> None:

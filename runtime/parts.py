@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deepstitch.runtime.embedding import EmbeddingTable
 from deepstitch.runtime.encoder_cache import EncoderCache
 from deepstitch.runtime.engine import Engine
 from deepstitch.runtime.preprocess import Processor
+from deepstitch.runtime.speculative import StepCosts
 
 __all__ = ["ModelParts"]
 
@@ -21,12 +22,14 @@ class ModelParts:
         table: the token embedding.
         encoder: the vision encoder behind its cache.
         processor: messages and pictures to prompts.
+        costs: what decoder calls were measured to cost, for speculation.
     """
 
     engine: Engine
     table: EmbeddingTable
     encoder: EncoderCache
     processor: Processor
+    costs: StepCosts = field(default_factory=StepCosts)
 
     @property
     def visual_ids(self) -> list[int]:

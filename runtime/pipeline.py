@@ -49,6 +49,7 @@ class Pipeline:
         verify: str | None = None,
         progress: bool = True,
         encoder_cache_bytes: int = DEFAULT_MAX_BYTES,
+        packed_cache: bool = False,
     ) -> Pipeline:
         """Open, check and load a bundle.
 
@@ -60,6 +61,8 @@ class Pipeline:
                 (see :func:`deepstitch.runtime.verify.verify_level`).
             progress: show a bar while large files are hashed, if stderr is a terminal.
             encoder_cache_bytes: memory for outputs of the vision encoder; 0 keeps none.
+            packed_cache: map weights in the layout the kernels read from a file in the cache folder, which the first
+                load writes: half the memory of the process, for disk of about 2.3 times the bundle.
 
         Raises:
             BundleError: the folder is not an intact bundle this version can run.
@@ -71,7 +74,7 @@ class Pipeline:
         manifest = bundle.manifest
         processor = Processor.from_folder(bundle.folder, manifest.model, manifest.vision)
         table = EmbeddingTable.open(bundle)
-        loaded = open_engine(engine, bundle, threads=threads)
+        loaded = open_engine(engine, bundle, threads=threads, packed_cache=packed_cache)
         encoder = EncoderCache(loaded.vision, encoder_cache_bytes)
         parts = ModelParts(engine=loaded, table=table, encoder=encoder, processor=processor)
         return cls(parts, load_seconds=time.perf_counter() - began)

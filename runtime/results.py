@@ -20,6 +20,7 @@ class Timings:
         encode: vision encoder, for what its cache did not hold.
         prefill: from embeddings to the logits of the first token.
         decode: all further tokens, sampling and detokenizing included.
+        engine: the part of ``decode`` spent inside the engine.
     """
 
     load: float = 0.0
@@ -27,6 +28,7 @@ class Timings:
     encode: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
+    engine: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,8 @@ class Result:
         visual_tokens: how many of them stand for images and videos.
         finish_reason: ``stop`` (end of sequence or stop string), ``length`` (max_tokens) or ``interrupted``.
         timings: seconds per stage.
+        drafted_tokens: guesses of speculative decoding that the decoder checked.
+        accepted_tokens: how many of them were right.
         logprobs: one entry per token, where asked for.
     """
 
@@ -68,6 +72,8 @@ class Result:
     visual_tokens: int
     finish_reason: FinishReason
     timings: dict[str, float]
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)
 
     @property
@@ -94,6 +100,8 @@ class Result:
             "cached_tokens": self.cached_tokens,
             "visual_tokens": self.visual_tokens,
             "generated_tokens": self.generated_tokens,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
             "finish_reason": self.finish_reason,
             "timings": dict(self.timings),
             "prompt_tps": self.prompt_tps,

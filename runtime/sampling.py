@@ -16,8 +16,11 @@ from deepstitch.errors import DeepstitchError, InputError, did_you_mean
 
 __all__ = ["GenerationOptions", "Sampler", "log_probabilities"]
 
+MAX_DRAFT = 64
+MAX_NGRAM = 8
+PREFILL_CHUNK = 512
 _SHORT_LIST = 1024
-_OPTIONAL = ("seed", "prefill_chunk")
+_OPTIONAL = ("seed",)
 _Check = tuple[str, type[Integral] | type[Real], Callable[[Any], bool], str]
 _RANGES: tuple[_Check, ...] = (
     ("max_tokens", Integral, lambda value: value >= 1, "whole number, 1 or more"),
@@ -28,7 +31,9 @@ _RANGES: tuple[_Check, ...] = (
     ("repetition_penalty", Real, lambda value: value > 0, "number above 0 (1 is off)"),
     ("seed", Integral, lambda value: value >= 0, "whole number, 0 or more"),
     ("logprobs", Integral, lambda value: value >= 0, "whole number, 0 or more, or True"),
-    ("prefill_chunk", Integral, lambda value: value >= 1, "whole number, 1 or more"),
+    ("prefill_chunk", Integral, lambda value: value >= 0, "whole number, 0 or more (0 takes all tokens at once)"),
+    ("speculate", Integral, lambda value: 0 <= value <= MAX_DRAFT, f"whole number from 0 (off) to {MAX_DRAFT}"),
+    ("speculate_ngram", Integral, lambda value: 1 <= value <= MAX_NGRAM, f"whole number from 1 to {MAX_NGRAM}"),
 )
 
 
@@ -47,7 +52,13 @@ class GenerationOptions:
         stop: strings that end the answer; neither they nor what follows is part of the text.
         logprobs: ``True`` reports the log probability of each chosen token, a number n also those of the n
             most probable ones. They are the model's own: before penalty, temperature and filters.
-        prefill_chunk: at most this many prompt tokens per decoder call; ``None``: all at once.
+        prefill_chunk: at most this many prompt tokens per decoder call, which bounds the memory of a long prompt;
+            0 takes all at once.
+        speculate: most tokens to guess per decoder call from what prompt and answer said before; 0 is off. Text
+            that repeats itself comes faster, and the answer is the same: no token is kept that would not have been
+            chosen. Like chunks and batches, calls of several tokens round differently in the last bits, which can
+            turn a near tie where kernels quantize activations (integer weights). Batches go without.
+        speculate_ngram: look for an earlier place that ends in the same tokens, at most this many.
         ignore_eos: write until ``max_tokens``; for measurements.
     """
 
@@ -60,7 +71,9 @@ class GenerationOptions:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: bool | int = False
-    prefill_chunk: int | None = None
+    prefill_chunk: int = PREFILL_CHUNK
+    speculate: int = 0
+    speculate_ngram: int = 3
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:

@@ -13,7 +13,16 @@ from typing import Literal
 from deepstitch.errors import BundleError, InputError, did_you_mean
 from deepstitch.manifest import MANIFEST_NAME, FileRecord, Manifest, file_sha256
 
-__all__ = ["LARGE_FILE_BYTES", "VERIFY_VARIABLE", "Verify", "verify_files", "verify_level"]
+__all__ = [
+    "CACHE_VARIABLE",
+    "LARGE_FILE_BYTES",
+    "VERIFY_VARIABLE",
+    "Verify",
+    "cache_folder",
+    "remember_files",
+    "verify_files",
+    "verify_level",
+]
 
 Verify = Literal["auto", "full", "size"]
 _LEVELS: tuple[Verify, ...] = ("auto", "full", "size")
@@ -67,6 +76,13 @@ def verify_files(folder: Path, manifest: Manifest, level: Verify, *, progress: b
     if level == "auto":
         large = [name for name in large if not _is_remembered(folder / name, manifest.files[name])]
     _hash_large(folder, manifest, large, progress=progress)
+
+
+def remember_files(folder: Path, manifest: Manifest) -> None:
+    """Take the large files of a bundle for checked: for the exporter, which has just hashed what it wrote."""
+    for name, record in manifest.files.items():
+        if record.size >= LARGE_FILE_BYTES:
+            _remember(folder / name, record, (folder / name).stat())
 
 
 def _check_size(folder: Path, name: str, record: FileRecord) -> None:
@@ -144,10 +160,11 @@ def _stamp(path: Path, record: FileRecord, state: os.stat_result) -> dict[str, s
 
 def _stamp_path(path: Path) -> Path:
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
-    return _cache_folder() / "verified" / f"{name}.json"
+    return cache_folder() / "verified" / f"{name}.json"
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where this machine keeps what it can make again."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen)
     if os.name == "nt":

@@ -15,7 +15,13 @@ RUNTIME_LIBRARIES |= {
     "markupsafe",
     "av",
 }  # comes with jinja2; av is the extra for video files, imported on use
-RUNTIME_SHARED = {"deepstitch.errors", "deepstitch.manifest", "deepstitch.tensorfile", "deepstitch.runtime"}
+RUNTIME_SHARED = {
+    "deepstitch.blockwise",
+    "deepstitch.errors",
+    "deepstitch.manifest",
+    "deepstitch.runtime",
+    "deepstitch.tensorfile",
+}
 # What a light module may import when it is imported itself; anything else belongs inside a function.
 LIGHT_LIBRARIES = {"click", "numpy"}
 

@@ -21,8 +21,10 @@ SAMPLING = (
     "seed",
     "stop",
     "prefill_chunk",
+    "speculate",
+    "speculate_ngram",
 )
-LOADING = ("engine", "threads")
+LOADING = ("engine", "threads", "packed_cache")
 
 _SAMPLING_OPTIONS = (
     click.option("--max-tokens", type=int, default=128, help="Most tokens to write."),
@@ -33,11 +35,14 @@ _SAMPLING_OPTIONS = (
     click.option("--repetition-penalty", type=float, default=1.0, help="Make tokens seen before less probable."),
     click.option("--seed", type=int, help="Make sampling repeatable."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
-    click.option("--prefill-chunk", type=int, help="Prompt tokens per decoder call.  [default: all]"),
+    click.option("--prefill-chunk", type=int, default=512, help="Prompt tokens per decoder call; 0 takes all at once."),
+    click.option("--speculate", type=int, default=0, help="Tokens to guess from earlier text per call; 0 is off."),
+    click.option("--speculate-ngram", type=int, default=3, help="Last tokens to look for in earlier text."),
 )
 _LOADING_OPTIONS = (
     click.option("--engine", default="ort", help="What runs the graphs."),
     click.option("--threads", type=int, help="Threads per operator.  [default: one per core]"),
+    click.option("--packed-cache", is_flag=True, help="Map rearranged weights from a file: less memory, more disk."),
 )
 
 

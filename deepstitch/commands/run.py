@@ -73,7 +73,8 @@ def summary(result: Result) -> str:
     seconds = result.timings
     computed = result.prompt_tokens - result.cached_tokens
     cached = f" (+{result.cached_tokens} cached)" if result.cached_tokens else ""
-    return " · ".join(
+    guessed = f" · guessed {result.accepted_tokens} of {result.drafted_tokens} right" if result.drafted_tokens else ""
+    stages = " · ".join(
         [
             f"load {seconds['load']:.2f} s",
             f"preprocess {seconds['preprocess']:.3f} s",
@@ -82,6 +83,7 @@ def summary(result: Result) -> str:
             f"decode {result.generated_tokens} tokens {seconds['decode']:.3f} s ({result.generation_tps:.0f}/s)",
         ]
     )
+    return stages + guessed
 
 
 def _messages(

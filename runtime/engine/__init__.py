@@ -55,13 +55,14 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(name: str, bundle: Bundle, *, threads: int | None = None) -> Engine:
+def open_engine(name: str, bundle: Bundle, *, threads: int | None = None, packed_cache: bool = False) -> Engine:
     """Load the graphs of ``bundle``.
 
     Args:
         name: one of :data:`ENGINES`.
         bundle: an opened bundle.
         threads: threads inside one operator; ``None`` takes one per physical core.
+        packed_cache: keep weights in the layout the kernels read in a file, and map that.
 
     Raises:
         InputError: no such engine, or a thread count below 1.
@@ -72,4 +73,4 @@ def open_engine(name: str, bundle: Bundle, *, threads: int | None = None) -> Eng
         raise InputError(f"engine {name!r} does not exist{hint}; use one of {', '.join(ENGINES)}")
     from deepstitch.runtime.engine.ort import OrtEngine
 
-    return OrtEngine(bundle, threads=threads)
+    return OrtEngine(bundle, threads=threads, packed_cache=packed_cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from deepstitch.errors import BundleError, InputError
 from deepstitch.manifest import TensorSpec
 from deepstitch.runtime.bundle import DECODER, VISION_ENCODER, Bundle
 from deepstitch.runtime.engine import Array, BoundRun, GraphRunner
+from deepstitch.runtime.engine.packed import packed_graph
 
 if TYPE_CHECKING:
     from deepstitch.runtime.preprocess import VisionBatch
@@ -64,15 +66,27 @@ def _run_bound(session: onnxruntime.InferenceSession, binding: Any, keep_alive: 
 
 
 class OrtEngine:
-    """The graphs of a bundle as ONNX Runtime sessions; weights are memory-mapped from the bundle's files."""
+    """The graphs of a bundle as ONNX Runtime sessions; weights are memory-mapped from the bundle's files.
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, graphs: Collection[str] | None = None) -> None:
+    Weights that ONNX Runtime rearranges for its kernels become memory of the process, unless ``packed_cache`` keeps
+    them in a file too.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        graphs: Collection[str] | None = None,
+        packed_cache: bool = False,
+    ) -> None:
         """Load and check the graphs.
 
         Args:
             bundle: an opened bundle.
             threads: threads inside one operator; ``None`` takes one per physical core.
             graphs: load only these; ``None`` loads all of the bundle.
+            packed_cache: map rearranged weights from a file, see :mod:`deepstitch.runtime.engine.packed`.
 
         Raises:
             InputError: ``threads`` below 1.
@@ -81,8 +95,10 @@ class OrtEngine:
         if threads is not None and threads < 1:
             raise InputError(f"threads={threads}: use 1 or more, or leave it out for one per core")
         self.bundle = bundle
-        names = bundle.manifest.graphs if graphs is None else graphs
-        self._graphs = {name: OrtGraph(_load(bundle, name, threads)) for name in names}
+        names = list(bundle.manifest.graphs if graphs is None else graphs)
+        load = partial(_load, bundle, threads=threads, packed_cache=packed_cache)
+        with ThreadPoolExecutor(max(1, len(names))) as pool:  # one graph is packed by one thread, without Python's lock
+            self._graphs = {name: OrtGraph(session) for name, session in zip(names, pool.map(load, names), strict=True)}
 
     @property
     def decoder(self) -> GraphRunner:
@@ -104,11 +120,15 @@ class OrtEngine:
         return outputs["image_embeds"], outputs["deepstack_embeds"]
 
 
-def _load(bundle: Bundle, name: str, threads: int | None) -> onnxruntime.InferenceSession:
+def _load(bundle: Bundle, name: str, *, threads: int | None, packed_cache: bool) -> onnxruntime.InferenceSession:
     path = bundle.graph_path(name)
+    options = partial(_session_options, name, threads)
     try:
-        options = _session_options(name, threads)
-        session = onnxruntime.InferenceSession(str(path), options, providers=_PROVIDERS)
+        if packed_cache:
+            path = packed_graph(bundle, name, options)
+        session = onnxruntime.InferenceSession(str(path), options(), providers=_PROVIDERS)
+    except BundleError:
+        raise
     except Exception as error:  # ONNX Runtime raises bare subclasses of Exception
         raise BundleError(_load_failure(name, str(path), error)) from None
     bundle.check_graph(name, _specs(session.get_inputs()), _specs(session.get_outputs()))

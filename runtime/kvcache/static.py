@@ -76,7 +76,7 @@ class KVCache:
         self.current = 0
         self.version = 0
         self._tensors = tuple(tensors)
-        self._sets = [self._allocate(self.capacity) for _ in range(1 if in_place else 2)]
+        self._sets = [[self._allocate_one(each) for each in tensors] for _ in range(1 if in_place else 2)]
 
     @property
     def nbytes(self) -> int:
@@ -97,12 +97,12 @@ class KVCache:
         self.capacity = _round_up(max(capacity, 2 * self.capacity))
         self.version += 1
         kept = int(lengths[: self.rows].max(initial=0))
-        for index in range(len(self._sets)):
-            old = self._sets[index]
-            self._sets[index] = self._allocate(self.capacity)
-            if index == self.current:
-                for source, target in zip(old, self._sets[index], strict=True):
-                    target[:, :, :kept] = source[: self.rows, :, :kept]
+        for index, buffers in enumerate(self._sets):
+            for place, tensor in enumerate(self._tensors):  # one by one: both sizes of all of them might not fit
+                source, buffers[place] = buffers[place], self._allocate_one(tensor)
+                if index == self.current:
+                    buffers[place][:, :, :kept] = source[: self.rows, :, :kept]
+                del source
 
     def commit(self, rows: range, starts: npt.NDArray[np.int32], width: int) -> None:
         """Tell the cache that a call wrote ``width`` tokens to each of ``rows``, from ``starts`` on."""
@@ -127,8 +127,8 @@ class KVCache:
         self.rows = last
         self.version += 1
 
-    def _allocate(self, capacity: int) -> list[Array]:
-        return [_zeros((self.rows, each.heads, capacity, each.width), each.dtype) for each in self._tensors]
+    def _allocate_one(self, tensor: CacheTensor) -> Array:
+        return _zeros((self.rows, tensor.heads, self.capacity, tensor.width), tensor.dtype)
 
 
 def _round_up(count: int) -> int:

@@ -59,7 +59,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""
-        return str(self._backend.decode([int(each) for each in ids], skip_special_tokens=skip_special_tokens))
+        return str(self._backend.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens))
 
     def token_id(self, token: str) -> int | None:
         """Id of a token as the vocabulary spells it."""

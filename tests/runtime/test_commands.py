@@ -59,7 +59,7 @@ def test_run_prints_one_json_object(plain_bundle, picture):
     expected = deepstitch.load(plain_bundle).generate(messages, images=[picture, picture], max_tokens=4)
     assert values["token_ids"] == list(expected.token_ids)
     assert (values["text"], values["prompt_tokens"]) == (expected.text, expected.prompt_tokens)
-    assert set(values["timings"]) == {"load", "preprocess", "encode", "prefill", "decode"}
+    assert set(values["timings"]) == {"load", "preprocess", "encode", "prefill", "decode", "engine"}
     assert len(values["logprobs"][0]["top"]) == 2
 
 
@@ -113,3 +113,14 @@ def test_chat(plain_bundle, picture):
 
 def test_chat_ends_with_its_input(plain_bundle):
     assert invoke("chat", plain_bundle, text="").exit_code == 0
+
+
+def test_guesses_are_counted(plain_bundle):
+    options = ["--prompt", "again again again", "--max-tokens", 24]
+    plain = json.loads(invoke("run", plain_bundle, *options, "--json").stdout)
+    found = json.loads(invoke("run", plain_bundle, *options, "--speculate", 4, "--speculate-ngram", 2, "--json").stdout)
+    assert found["token_ids"] == plain["token_ids"]
+    assert (plain["drafted_tokens"], plain["accepted_tokens"]) == (0, 0)
+    assert 0 <= found["accepted_tokens"] <= found["drafted_tokens"]
+    refused = invoke("run", plain_bundle, "--prompt", "x", "--speculate", -1)
+    assert refused.exit_code == 2 and "speculate=-1" in refused.stderr

@@ -108,7 +108,7 @@ def test_counts_timings_and_logprobs(pipeline, pictures):
     result = pipeline.generate("hello", images=pictures[1:2], max_tokens=5, ignore_eos=True, logprobs=3)
     assert result.generated_tokens == 5 and result.finish_reason == "length"
     assert result.visual_tokens == 6 < result.prompt_tokens
-    assert set(result.timings) == {"load", "preprocess", "encode", "prefill", "decode"}
+    assert set(result.timings) == {"load", "preprocess", "encode", "prefill", "decode", "engine"}
     assert all(seconds > 0 for seconds in result.timings.values())
     assert result.generation_tps == pytest.approx(4 / result.timings["decode"])
     assert len(result.logprobs) == 5

@@ -105,7 +105,7 @@ def test_log_probabilities():
         ({"seed": -3}, "seed=-3"),
         ({"stop": ["a", ""]}, "stop="),
         ({"logprobs": -1}, "logprobs=-1"),
-        ({"prefill_chunk": 0}, "prefill_chunk=0"),
+        ({"prefill_chunk": -1}, "prefill_chunk=-1"),
         ({"temprature": 1}, "unknown option 'temprature' .did you mean 'temperature'"),
     ],
 )
