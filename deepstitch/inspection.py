@@ -11,11 +11,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from deepstitch.blockwise import WeightFormat
 from deepstitch.errors import BundleError, CheckpointError, InputError
 from deepstitch.manifest import MANIFEST_NAME, Manifest
-from deepstitch.memory_estimate import CACHE_BYTES, DecoderShape, Memory, Workload, estimate_memory
+from deepstitch.memory_estimate import CACHE_BITS, DecoderShape, Memory, Workload, estimate_memory
 from deepstitch.tensorfile import TensorEntry, TensorFile
 
 if TYPE_CHECKING:
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FileStatus", "Inspection", "ModuleSize", "inspect"]
 
-_WEIGHT_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2}
+_WEIGHT_BYTES: Mapping[str, float] = MappingProxyType(
+    {"fp32": 4, "fp16": 2, "int8": 1.125, "int4": 0.625}  # integers: blocks of 32, scales included
+)
 
 # First match wins. The names are those of the checkpoints; the export keeps them for its initializers.
 _MODULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
@@ -174,7 +178,7 @@ def _inspect_checkpoint(folder: Path, request: Mapping[str, int | None]) -> Insp
         kv_bytes_per_token=shape.kv_bytes_per_token("float32"),
         workload=workload,
         memory=tuple(
-            estimate_memory(shape, workload, weights, total * width, "float32")
+            estimate_memory(shape, workload, weights, int(total * width), "float32")
             for weights, width in _WEIGHT_BYTES.items()
         ),
         graphs={},
@@ -187,7 +191,8 @@ def _inspect_bundle(folder: Path, request: Mapping[str, int | None]) -> Inspecti
     manifest = Manifest.read(folder)
     files = tuple(_file_status(folder, manifest, name) for name in manifest.files)
     config = ModelConfig.from_file(folder)
-    modules = _module_sizes(_stored_tensors(folder, files))
+    formats = manifest.quantization.formats if manifest.quantization is not None else {}
+    modules = _module_sizes(_stored_tensors(folder, files), formats)
     shape = _decoder_shape(config)
     workload = _workload(request, manifest.model.max_position_embeddings)
     cache_dtype = _cache_dtype(manifest)
@@ -195,6 +200,7 @@ def _inspect_bundle(folder: Path, request: Mapping[str, int | None]) -> Inspecti
     origin = {
         "target": manifest.target,
         "weights": manifest.weights,
+        **_integer_facts(manifest),
         "deepstitch": manifest.deepstitch_version,
     }
     return Inspection(
@@ -267,22 +273,43 @@ def _decoder_shape(config: ModelConfig) -> DecoderShape:
     )
 
 
-def _module_sizes(entries: Iterable[TensorEntry]) -> tuple[ModuleSize, ...]:
+def _integer_facts(manifest: Manifest) -> dict[str, Any]:
+    found = manifest.quantization
+    if found is None:
+        return {}
+    return {
+        "vision weights": manifest.vision_weights,
+        "bits per integer": found.bits_per_weight,
+        "rounding": found.method,
+        "calibration tokens": found.calibration_tokens,
+    }
+
+
+def _module_sizes(
+    entries: Iterable[TensorEntry], formats: Mapping[str, str] = MappingProxyType({})
+) -> tuple[ModuleSize, ...]:
     grouped: dict[str, list[TensorEntry]] = {name: [] for name in (*(name for name, _ in _MODULES), _OTHER)}
     for entry in entries:
         grouped[_module_of(entry.name)].append(entry)
-    return tuple(_module_size(name, group) for name, group in grouped.items() if group)
+    return tuple(_module_size(name, group, formats) for name, group in grouped.items() if group)
 
 
 def _module_of(tensor: str) -> str:
     return next((module for module, pattern in _MODULES if pattern.search(tensor)), _OTHER)
 
 
-def _module_size(name: str, entries: list[TensorEntry]) -> ModuleSize:
+def _module_size(name: str, entries: list[TensorEntry], formats: Mapping[str, str]) -> ModuleSize:
     by_dtype: dict[str, int] = {}
+    parameters = 0
     for entry in entries:
-        by_dtype[entry.dtype] = by_dtype.get(entry.dtype, 0) + entry.nbytes
-    parameters = sum(math.prod(entry.shape) for entry in entries)
+        owner = entry.name.removesuffix(".scales").removesuffix(".zero_points")
+        if owner not in formats:
+            kind, count = entry.dtype, math.prod(entry.shape)
+        else:  # scales and zero points are part of how the integers are stored
+            kind = formats[owner]
+            count = 8 * entry.nbytes // WeightFormat.parse(kind).bits if entry.name == owner else 0
+        by_dtype[kind] = by_dtype.get(kind, 0) + entry.nbytes
+        parameters += count
     return ModuleSize(name=name, tensors=len(entries), parameters=parameters, bytes_by_dtype=by_dtype)
 
 
@@ -314,6 +341,7 @@ def _cache_dtype(manifest: Manifest) -> str:
     decoder = manifest.graphs.get("decoder")
     dtypes = {spec.dtype for spec in decoder.inputs if spec.name.startswith("past_key_values.")} if decoder else set()
     dtype = next(iter(dtypes), "float32")
-    if dtype not in CACHE_BYTES:
-        raise BundleError(f"{MANIFEST_NAME}: the KV cache is {dtype}, this deepstitch knows {', '.join(CACHE_BYTES)}")
+    dtype = "int4" if dtype == "uint8" else dtype  # two values per byte
+    if dtype not in CACHE_BITS:
+        raise BundleError(f"{MANIFEST_NAME}: the KV cache is {dtype}, this deepstitch knows {', '.join(CACHE_BITS)}")
     return dtype

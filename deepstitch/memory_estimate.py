@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["CACHE_BYTES", "DecoderShape", "Memory", "Workload", "estimate_memory"]
+__all__ = ["CACHE_BITS", "DecoderShape", "Memory", "Workload", "estimate_memory"]
 
-CACHE_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "float16": 2})
+CACHE_BITS: Mapping[str, int] = MappingProxyType({"float32": 32, "float16": 16, "int8": 8, "int4": 4})
 _FLOAT_BYTES = 4  # the graphs compute in float32, whatever the weights are stored in
 
 
@@ -45,7 +45,8 @@ class DecoderShape:
 
     def kv_bytes_per_token(self, cache_dtype: str) -> int:
         """Bytes one token of one row takes in the cache: keys and values of every layer."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * CACHE_BYTES[cache_dtype]
+        values = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+        return values * CACHE_BITS[cache_dtype] // 8
 
     def activation_bytes(self, workload: Workload) -> int:
         """Estimate of the largest set of intermediate tensors of one decoder call, in float32.
@@ -95,7 +96,7 @@ def estimate_memory(
         workload: context, batch and prefill chunk.
         weights: dtype the weights are held in, for the record.
         weight_bytes: bytes of all weights.
-        cache_dtype: a key of :data:`CACHE_BYTES`.
+        cache_dtype: a key of :data:`CACHE_BITS`.
     """
     return Memory(
         weights=weights,

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deepstitch.export.exporter import ExportConfig, export_checkpoint
+    from deepstitch.export.quantize.work import QuantizationConfig
 
-__all__ = ["ExportConfig", "export_checkpoint"]
+__all__ = ["ExportConfig", "QuantizationConfig", "export_checkpoint"]
 
 
 def __getattr__(name: str) -> object:

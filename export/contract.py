@@ -7,10 +7,11 @@ DeepStack rows, L logit rows per batch row, C cache capacity.
 
 from __future__ import annotations
 
+from deepstitch.export.kv_functions import KV_CACHES
 from deepstitch.manifest import TensorSpec
 from deepstitch.models.config import ModelConfig, VisionConfig
 
-__all__ = ["DECODER", "VISION_ENCODER", "decoder_contract", "vision_contract"]
+__all__ = ["DECODER", "VISION_ENCODER", "Contract", "decoder_contract", "vision_contract"]
 
 VISION_ENCODER = "vision_encoder"
 DECODER = "decoder"
@@ -41,10 +42,15 @@ def vision_contract(config: VisionConfig) -> Contract:
     return inputs, outputs
 
 
-def decoder_contract(config: ModelConfig) -> Contract:
-    """Inputs and outputs of ``decoder``; the DeepStack pair is there exactly where the model has taps."""
-    text = config.text
-    kv = ("B", text.num_key_value_heads, "C", text.head_dim)
+def decoder_contract(config: ModelConfig, kv_cache: str = "fp32") -> Contract:
+    """Inputs and outputs of ``decoder``; the DeepStack pair is there exactly where the model has taps.
+
+    Args:
+        config: of the model.
+        kv_cache: kind of the KV cache, one of :data:`deepstitch.export.kv_functions.KV_CACHES`.
+    """
+    text, kind = config.text, KV_CACHES[kv_cache]
+    kv = (kind.dtype, "B", text.num_key_value_heads, "C", kind.width(text.head_dim))
     layers = range(text.num_hidden_layers)
     deepstack = (
         _spec("deepstack_embeds", "float32", "R", config.num_deepstack * text.hidden_size),
@@ -57,10 +63,10 @@ def decoder_contract(config: ModelConfig) -> Contract:
         _spec("past_lengths", "int32", "B"),
         _spec("query_lengths", "int32", "B"),
         _spec("logit_index", "int64", "B", "L"),
-        *(_spec(f"past_key_values.{i}.{part}", "float32", *kv) for i in layers for part in ("key", "value")),
+        *(_spec(f"past_key_values.{i}.{part}", *kv) for i in layers for part in ("key", "value")),
     )
     outputs = (
         _spec("logits", "float32", "B", "L", text.vocab_size),
-        *(_spec(f"present.{i}.{part}", "float32", *kv) for i in layers for part in ("key", "value")),
+        *(_spec(f"present.{i}.{part}", *kv) for i in layers for part in ("key", "value")),
     )
     return inputs, outputs

@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -15,13 +15,20 @@ import onnx_ir as ir
 from tqdm.auto import tqdm
 
 import deepstitch
-from deepstitch.errors import CheckpointError, ConfigError, UnsupportedError
+from deepstitch.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean
 from deepstitch.export import facts
-from deepstitch.export.contract import DECODER, VISION_ENCODER, decoder_contract, vision_contract
+from deepstitch.export.contract import DECODER, VISION_ENCODER, Contract, decoder_contract, vision_contract
+from deepstitch.export.kv_functions import KV_CACHES
 from deepstitch.export.lower import Target
 from deepstitch.export.lower import target as find_target
+from deepstitch.export.passes.quantize_kv_cache import QuantizeKVCache
+from deepstitch.export.passes.quantize_weights import QuantizeWeights
+from deepstitch.export.quantize.kv_scales import cache_scales
+from deepstitch.export.quantize.recipe import INTEGER_BITS, Recipe
+from deepstitch.export.quantize.report import write_reports
+from deepstitch.export.quantize.work import MIXED, QuantizationConfig, QuantizationWork, quantization_work
 from deepstitch.export.trace import trace_decoder, trace_vision_encoder
-from deepstitch.export.weights import WeightPlan
+from deepstitch.export.weights import PlannedTensor, WeightPlan
 from deepstitch.export.writer import (
     REFERENCE_FOLDER,
     WEIGHTS_FILE,
@@ -44,11 +51,13 @@ from deepstitch.manifest import (
 )
 from deepstitch.models.checkpoint import EXPERT_LAYOUTS, Checkpoint, WeightSource
 from deepstitch.models.config import ModelConfig
+from deepstitch.runtime.verify import remember_files
 from deepstitch.tensorfile import TensorEntry
 
-__all__ = ["ExportConfig", "export_checkpoint"]
+__all__ = ["ExportConfig", "QuantizationConfig", "export_checkpoint"]
 
-WEIGHT_DTYPES = ("fp32", "fp16")
+FLOAT_WEIGHTS = ("fp32", "fp16")
+WEIGHTS = (*FLOAT_WEIGHTS, *INTEGER_BITS, MIXED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +68,12 @@ class ExportConfig:
         checkpoint: folder with config.json and safetensors files.
         output: bundle folder to create.
         target: one of :data:`deepstitch.export.lower.TARGETS`.
-        weights: dtype of stored matrices, ``"fp32"`` or ``"fp16"``; arithmetic is fp32.
+        weights: what the decoder's matrices are stored as, one of :data:`WEIGHTS`.
+        vision_weights: likewise for the vision encoder, any of those but ``mixed``; None: fp16 next to integers, else
+            the same as ``weights``.
+        kv_cache: what keys and values are stored as, one of :data:`deepstitch.export.kv_functions.KV_CACHES`; int8 and
+            int4 need ``quantization.calibration``.
+        quantization: how integers are chosen, where there are any.
         by_reference: keep the weights in the checkpoint's own files (hard links) instead of writing a copy.
         expert_layout: ``"hub"`` or ``"transformers"``, where the shapes of the experts cannot tell.
         overwrite: replace an existing bundle.
@@ -70,18 +84,35 @@ class ExportConfig:
     output: Path
     target: str = "ort-cpu"
     weights: str = "fp32"
+    vision_weights: str | None = None
+    kv_cache: str = "fp32"
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     by_reference: bool = False
     expert_layout: str | None = None
     overwrite: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.weights not in WEIGHT_DTYPES:
-            raise UnsupportedError(f"--weights {self.weights}: must be one of {', '.join(WEIGHT_DTYPES)}")
-        if self.by_reference and self.weights != "fp32":
+        _one_of("--weights", self.weights, WEIGHTS)
+        if self.vision_weights is not None:
+            _one_of("--vision-weights", self.vision_weights, (*FLOAT_WEIGHTS, *INTEGER_BITS))
+        if self.by_reference and (self.weights != "fp32" or self.vision_weights is not None):
             raise ConfigError("--by-reference keeps the checkpoint's own dtype; leave --weights out")
-        if self.expert_layout not in (None, *EXPERT_LAYOUTS):
-            raise UnsupportedError(f"--expert-layout {self.expert_layout}: must be one of {', '.join(EXPERT_LAYOUTS)}")
+        if self.expert_layout is not None:
+            _one_of("--expert-layout", self.expert_layout, EXPERT_LAYOUTS)
+        _one_of("--kv-cache", self.kv_cache, tuple(KV_CACHES))
+        calibrated = KV_CACHES[self.kv_cache].largest is not None
+        self.quantization.check(self.weights, self.vision, calibrated_cache=calibrated)
+
+    @property
+    def vision(self) -> str:
+        """What the vision encoder's matrices are stored as."""
+        return self.vision_weights or (self.weights if self.weights in FLOAT_WEIGHTS else "fp16")
+
+
+def _one_of(flag: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UnsupportedError(f"{flag} {value}: must be one of {', '.join(known)}{did_you_mean(value, known)}")
 
 
 def export_checkpoint(config: ExportConfig) -> Path:
@@ -98,19 +129,25 @@ def export_checkpoint(config: ExportConfig) -> Path:
     sources = checkpoint.sources(expert_layout=config.expert_layout)
     if config.by_reference:
         _refuse_other_layouts(sources)
+    kind = KV_CACHES[config.kv_cache]
+    kind.check(checkpoint.config.text.head_dim)
     facts.eos_token_ids(checkpoint.folder)  # refuses a damaged generation_config.json before any work
     refuse_existing(config.output, overwrite=config.overwrite)
-    embedding = facts.embedding_name(checkpoint.config)
-    tied = embedding if checkpoint.config.text.tie_word_embeddings else None
-    plan = WeightPlan(sources, weights=config.weights, by_reference=config.by_reference, tied=tied)
+    work = quantization_work(config, checkpoint, sources)
+    plan = _weight_plan(config, checkpoint, sources, work)
     with _hashing(checkpoint.files if config.by_reference else (), config.progress) as hashes:
-        graphs = _lowered_graphs(checkpoint, target, plan, config.progress)
-        table = plan.add(embedding)
+        scales = cache_scales(config, checkpoint, sources, work.calibration if work is not None else None)
+        graphs = _lowered_graphs(checkpoint, target, plan, QuantizeKVCache(kind, scales), config.progress)
+        table, stored = plan.embedding(facts.embedding_name(checkpoint.config))
+        if work is not None:
+            work.run()
         with atomic_folder(config.output, overwrite=config.overwrite) as folder:
             places, files = _write_weights(plan, checkpoint, folder, hashes, config.progress)
             location = {Path(name).name: name for name in files}
-            written = _write_graphs(graphs, plan, checkpoint.config, places, location, folder)
-            for path in (*copy_files(checkpoint.folder, folder), *(folder / graph.file for graph in written.values())):
+            written = _write_graphs(graphs, plan, _contracts(checkpoint.config, kind.name), places, location, folder)
+            graph_files = (folder / graph.file for graph in written.values())
+            reports = write_reports(work.search, folder) if work is not None and work.search is not None else []
+            for path in (*copy_files(checkpoint.folder, folder), *graph_files, *reports):
                 files[path.name] = FileRecord(sha256=file_sha256(path), size=path.stat().st_size)
             place = places[table.name]
             manifest = Manifest(
@@ -118,17 +155,39 @@ def export_checkpoint(config: ExportConfig) -> Path:
                 deepstitch_version=deepstitch.__version__,
                 target=target.name,
                 weights="checkpoint" if config.by_reference else config.weights,
+                vision_weights=None if checkpoint.config.vision is None else config.vision,
+                quantization=work.facts() if work is not None else None,
                 command=_command(config),
                 versions=_versions(),
                 model=facts.model_facts(checkpoint, batched_continuation=target.batched_continuation),
                 vision=facts.vision_facts(checkpoint.config),
-                embedding=EmbeddingTable(file=location[place.path.name], tensor=place.name),
+                embedding=EmbeddingTable(
+                    file=location[place.path.name], tensor=place.name, stored=str(stored.stored) if stored else None
+                ),
                 graphs=written,
                 files=files,
                 checkpoint=Path(os.path.relpath(checkpoint.folder.resolve(), config.output.resolve())).as_posix(),
             )
             (folder / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
+    remember_files(config.output, manifest)
+    if work is not None:
+        work.store.remove()
     return config.output
+
+
+def _weight_plan(
+    config: ExportConfig, checkpoint: Checkpoint, sources: Mapping[str, WeightSource], work: QuantizationWork | None
+) -> WeightPlan:
+    tied = checkpoint.config.text.tie_word_embeddings
+    return WeightPlan(
+        sources,
+        weights=config.weights if config.weights in FLOAT_WEIGHTS else "fp32",
+        vision_weights=config.vision if config.vision in FLOAT_WEIGHTS else "fp32",
+        by_reference=config.by_reference,
+        tied=facts.embedding_name(checkpoint.config) if tied else None,
+        recipe=work.recipe if work is not None else Recipe({}),
+        store=work.store if work is not None else None,
+    )
 
 
 @contextlib.contextmanager
@@ -152,7 +211,9 @@ def _refuse_other_layouts(sources: Mapping[str, WeightSource]) -> None:
             )
 
 
-def _lowered_graphs(checkpoint: Checkpoint, target: Target, plan: WeightPlan, progress: bool) -> dict[str, ir.Model]:
+def _lowered_graphs(
+    checkpoint: Checkpoint, target: Target, plan: WeightPlan, cache: QuantizeKVCache, progress: bool
+) -> dict[str, ir.Model]:
     tracers: dict[str, Callable[..., ir.Model]] = {DECODER: trace_decoder}
     if checkpoint.config.vision is not None:
         tracers[VISION_ENCODER] = trace_vision_encoder
@@ -160,7 +221,7 @@ def _lowered_graphs(checkpoint: Checkpoint, target: Target, plan: WeightPlan, pr
     steps = tqdm(tracers.items(), desc="trace and lower", unit="graph", disable=None if progress else True)
     for name, trace in steps:
         model = trace(checkpoint.config)
-        for each in target.passes(plan):
+        for each in (QuantizeWeights(plan), cache, *target.passes(plan)):
             each(model)
         plan.bind(model)
         graphs[name] = model
@@ -180,22 +241,26 @@ def _write_weights(
         link_checkpoint(checkpoint.files, folder)
         files |= {f"{REFERENCE_FOLDER}/{path.name}": record for path, record in hashes.records().items()}
         for name, tensor in plan.tensors.items():
-            if plan.is_referenced(name) and tensor.source.in_place is not None:
+            if isinstance(tensor, PlannedTensor) and plan.is_referenced(name) and tensor.source.in_place is not None:
                 places[name] = tensor.source.in_place
     return places, files
+
+
+def _contracts(config: ModelConfig, kv_cache: str) -> dict[str, Contract]:
+    contracts = {DECODER: decoder_contract(config, kv_cache)}
+    if config.vision is not None:
+        contracts[VISION_ENCODER] = vision_contract(config.vision)
+    return contracts
 
 
 def _write_graphs(
     graphs: Mapping[str, ir.Model],
     plan: WeightPlan,
-    config: ModelConfig,
+    contracts: Mapping[str, Contract],
     places: Mapping[str, TensorEntry],
     location: Mapping[str, str],
     folder: Path,
 ) -> dict[str, Graph]:
-    contracts = {DECODER: decoder_contract(config)}
-    if config.vision is not None:
-        contracts[VISION_ENCODER] = vision_contract(config.vision)
     written = {}
     for name, model in graphs.items():
         plan.attach(model, places, location)
@@ -239,5 +304,11 @@ def _command(config: ExportConfig) -> str:
         config.output.name,
     ]
     words += ["--weights", config.weights] if not config.by_reference else ["--by-reference"]
+    words += ["--vision-weights", config.vision_weights] if config.vision_weights else []
+    if config.weights in (*INTEGER_BITS, MIXED) or config.vision in INTEGER_BITS:
+        words += config.quantization.words()
+    elif config.quantization.calibration is not None:
+        words += ["--calibration", config.quantization.calibration.name]
+    words += ["--kv-cache", config.kv_cache] if config.kv_cache != "fp32" else []
     words += ["--expert-layout", config.expert_layout] if config.expert_layout else []
     return shlex.join(words)

@@ -105,8 +105,7 @@ CachedAttention <num_heads, kv_num_heads, scale>
 }
 """
 
-# A loop over segments, so that memory grows with the longest segment and not with the sum of all.
-_SEGMENT_ATTENTION_LOOP = """
+_SEGMENTS = """
 SegmentAttention <num_heads, scale> (query, key, value, cu_seqlens) => (output)
 {
     one = Constant <value_int = 1> ()
@@ -115,6 +114,12 @@ SegmentAttention <num_heads, scale> (query, key, value, cu_seqlens) => (output)
     num_bounds = Size (bounds)
     num_segments = Sub (num_bounds, one)
     keep_going = Constant <value = bool {1}> ()
+    NODES
+}
+"""
+
+# A loop over segments, so that memory grows with the longest segment and not with the sum of all.
+_SEGMENT_LOOP = """
     none_yet = SequenceEmpty <dtype = 1> ()
     segments = Loop (num_segments, keep_going, none_yet) <body = one_segment
         (int64 segment, bool condition, seq(float[rows, width]) done) =>
@@ -136,8 +141,37 @@ SegmentAttention <num_heads, scale> (query, key, value, cu_seqlens) => (output)
         attended_rows = Squeeze (attended, batch_axis)
         done_out = SequenceInsert (done, attended_rows)
     }>
-    output = ConcatFromSequence <axis = 0> (segments)
-}
+    OUTPUT = ConcatFromSequence <axis = 0> (segments)
+"""
+
+# Equal segments are one batch.
+_SEGMENT_BATCH = """
+    first_1d = Constant <value_ints = [1]> ()
+    last_1d = Constant <value_ints = [-1]> ()
+    behind_all = Constant <value_ints = [9223372036854775807]> ()
+    begins = Slice (bounds, batch_axis, last_1d, batch_axis)
+    ends = Slice (bounds, first_1d, behind_all, batch_axis)
+    lengths = Sub (ends, begins)
+    longest = ReduceMax <keepdims = 1> (lengths)
+    shortest = ReduceMin <keepdims = 1> (lengths)
+    all_equal = Equal (longest, shortest)
+    batch = Reshape (num_segments, first_1d)
+    batch_shape = Concat <axis = 0> (batch, longest, last_1d)
+    rows_shape = Shape (query)
+    output = If (all_equal) <
+        then_branch = one_batch () => (float[rows, width] output_batch)
+        {
+            query_batch = Reshape (query, batch_shape)
+            key_batch = Reshape (key, batch_shape)
+            value_batch = Reshape (value, batch_shape)
+            attended = KERNEL (query_batch, key_batch, value_batch)
+            output_batch = Reshape (attended, rows_shape)
+        },
+        else_branch = one_by_one () => (float[rows, width] output_loop)
+        {
+            LOOP
+        }
+    >
 """
 
 # A loop over the experts that were chosen at all; each sees only its own tokens (a token whose weight
@@ -205,14 +239,19 @@ DeepStackAdd <layer> (hidden_states, deepstack_embeds, deepstack_index) => (outp
 """
 
 
-def segment_attention(kernel: str) -> str:
-    """Text of SegmentAttention around an attention operator that takes ``[1, rows, heads * D]`` each of q, k,
-    v.
+def segment_attention(kernel: str, *, batches: bool = False) -> str:
+    """Text of SegmentAttention around an attention operator that takes ``[N, rows, heads * D]`` each of q, k, v.
 
     Args:
         kernel: operator with its attributes, e.g. ``Attention <scale: float = @scale>``.
+        batches: hand segments of equal length to the operator as one batch; its memory must then not grow with the
+            square of a segment's length times their number.
     """
-    return _SEGMENT_ATTENTION_LOOP.replace("KERNEL", kernel)
+    if batches:
+        nodes = _SEGMENT_BATCH.replace("LOOP", _SEGMENT_LOOP.replace("OUTPUT", "output_loop"))
+    else:
+        nodes = _SEGMENT_LOOP.replace("OUTPUT", "output")
+    return _SEGMENTS.replace("NODES", nodes).replace("KERNEL", kernel)
 
 
 _STANDARD_KERNEL = "Attention <q_num_heads: int = @num_heads, kv_num_heads: int = @num_heads, scale: float = @scale>"

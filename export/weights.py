@@ -11,14 +11,18 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from deepstitch.errors import CheckpointError
+from deepstitch.export.quantize.recipe import Recipe, matrix_shape
+from deepstitch.export.quantize.store import QuantizedStore
+from deepstitch.export.quantize.stored import Form, QuantizedTensor, QuantizedWeight
 from deepstitch.models.checkpoint import WeightSource
 from deepstitch.tensorfile import DTYPE_BYTES, TensorEntry
 
-__all__ = ["PlannedTensor", "Relayout", "WeightPlan"]
+__all__ = ["AnyTensor", "PlannedTensor", "Relayout", "WeightPlan"]
 
 _IR_DTYPE = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 _BLOCK_BYTES = 64 << 20  # float32 bytes converted at a time; bounds the memory of an export
 _ROUTER = ".mlp.gate.weight"
+_VISION = "model.visual."
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,16 @@ class PlannedTensor:
         return self.relayout.merged if self.relayout else self.source.shape
 
     @property
+    def graph_dtype(self) -> ir.DataType:
+        """What the graph declares it as."""
+        return _IR_DTYPE[self.dtype]
+
+    @property
+    def graph_shape(self) -> tuple[int, ...]:
+        """Likewise."""
+        return self.shape
+
+    @property
     def nbytes(self) -> int:
         """Stored bytes."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
@@ -118,6 +132,9 @@ class PlannedTensor:
             yield np.ascontiguousarray(self.source.read_columns_float32(start, start + step).T)
 
 
+AnyTensor = PlannedTensor | QuantizedTensor
+
+
 class WeightPlan:
     """Collects what the lowering passes decide about weights; the writer carries it out.
 
@@ -130,21 +147,38 @@ class WeightPlan:
     """
 
     def __init__(
-        self, sources: Mapping[str, WeightSource], *, weights: str, by_reference: bool, tied: str | None
+        self,
+        sources: Mapping[str, WeightSource],
+        *,
+        weights: str,
+        by_reference: bool,
+        tied: str | None,
+        vision_weights: str | None = None,
+        recipe: Recipe | None = None,
+        store: QuantizedStore | None = None,
     ) -> None:
         """Start a plan.
 
         Args:
             sources: every model parameter.
-            weights: ``"fp32"`` or ``"fp16"``, the dtype of stored matrices.
+            weights: ``"fp32"`` or ``"fp16"``, the dtype of matrices that are not in the recipe.
             by_reference: see the class.
             tied: name of the embedding that ``lm_head.weight`` shares, if it does.
+            vision_weights: like ``weights``, for the vision encoder; None: the same.
+            recipe: which parameters are stored as integers; None: none.
+            store: where those are found when they are written.
         """
-        self.tensors: dict[str, PlannedTensor] = {}
+        self.tensors: dict[str, AnyTensor] = {}
         self.by_reference = by_reference
         self._sources = sources
         self._weights = weights
+        self._vision_weights = vision_weights or weights
         self._tied = tied
+        self._quantized = {
+            name: QuantizedWeight(name=name, stored=stored, shape=matrix_shape(name, sources[name].shape), store=store)
+            for name, stored in (recipe.formats.items() if recipe is not None else ())
+            if store is not None
+        }
 
     def parameter(self, name: str) -> str:
         """The parameter behind an initializer's name; a tied head is the embedding."""
@@ -162,6 +196,33 @@ class WeightPlan:
         """Whether a weight's layout may change: not where something else reads the same bytes."""
         return self.parameter(value.name or "") != self._tied
 
+    def quantized(self, value: ir.Value | None) -> QuantizedWeight | None:
+        """The integers a weight of the graph is stored as, None for a floating-point one."""
+        return self._quantized.get(self.parameter(value.name or "")) if value is not None else None
+
+    def add_quantized(self, weight: QuantizedWeight, form: Form, graph: ir.Graph) -> list[ir.Value]:
+        """Plan a quantized weight in some layout, replacing an earlier one; returns its initializers."""
+        values = []
+        for tensor in weight.tensors(form):
+            self.tensors[tensor.name] = tensor
+            value = graph.initializers.get(tensor.name)
+            if value is None:
+                value = ir.Value(name=tensor.name)
+                graph.initializers[tensor.name] = value
+            value.shape = ir.Shape(tensor.graph_shape)
+            value.type = ir.TensorType(tensor.graph_dtype)
+            values.append(value)
+        return values
+
+    def embedding(self, name: str) -> tuple[AnyTensor, QuantizedWeight | None]:
+        """Plan the table that the runtime looks tokens up in."""
+        weight = self._quantized.get(name)
+        if weight is None:
+            return self.add(name), None
+        if name not in self.tensors:  # no head shares it
+            self.tensors |= {tensor.name: tensor for tensor in weight.tensors("nbits")}
+        return self.tensors[name], weight
+
     def relayout(self, value: ir.Value, relayout: Relayout, graph: ir.Graph, before: ir.Node) -> ir.Value:
         """Have a weight in another order: rewritten when streamed, or rearranged by nodes when referenced."""
         if self.is_referenced(value.name or ""):
@@ -170,8 +231,8 @@ class WeightPlan:
         value.shape = ir.Shape(relayout.merged)
         return value
 
-    def add(self, name: str, relayout: Relayout | None = None) -> PlannedTensor:
-        """Plan one parameter; planning it again changes nothing."""
+    def add(self, name: str, relayout: Relayout | None = None) -> AnyTensor:
+        """Plan one floating-point parameter; planning a parameter again changes nothing."""
         name = self.parameter(name)
         if name not in self.tensors:
             source = self._sources[name]
@@ -188,7 +249,8 @@ class WeightPlan:
     def _stored_dtype(self, name: str, source: WeightSource) -> str:
         if self.is_referenced(name):
             return source.dtype
-        return "F16" if self._weights == "fp16" and self._is_large(name) else "F32"
+        weights = self._vision_weights if name.startswith(_VISION) else self._weights
+        return "F16" if weights == "fp16" and self._is_large(name) else "F32"
 
     def bind(self, model: ir.Model) -> None:
         """Give every weight of a lowered graph its stored dtype, with a Cast to float32 where they differ.
@@ -202,9 +264,9 @@ class WeightPlan:
             planned = self.add(value.name or "")
             if value.name != planned.name:
                 value.name = planned.name
-            value.shape = ir.Shape(planned.shape)
-            value.type = ir.TensorType(_IR_DTYPE[planned.dtype])
-            if planned.dtype != "F32":
+            value.shape = ir.Shape(planned.graph_shape)
+            value.type = ir.TensorType(planned.graph_dtype)
+            if planned.dtype in ("F16", "BF16"):
                 _cast_to_float32(value, graph)
 
     def attach(self, model: ir.Model, places: Mapping[str, TensorEntry], location: Mapping[str, str]) -> None:
@@ -218,13 +280,13 @@ class WeightPlan:
         for name, value in model.graph.initializers.items():
             if name not in self.tensors:
                 continue
-            entry = places[name]
+            entry, tensor = places[name], self.tensors[name]
             value.const_value = ir.ExternalTensor(
                 location[entry.path.name],
                 entry.offset,
                 entry.nbytes,
-                _IR_DTYPE[entry.dtype],
-                shape=ir.Shape(entry.shape),
+                tensor.graph_dtype,
+                shape=ir.Shape(tensor.graph_shape),
                 name=name,
                 base_dir=entry.path.parent,
             )

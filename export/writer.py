@@ -15,9 +15,9 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 from deepstitch.errors import OutputError
-from deepstitch.export.weights import PlannedTensor
+from deepstitch.export.weights import AnyTensor
 from deepstitch.manifest import FileRecord, file_sha256
-from deepstitch.tensorfile import TensorEntry
+from deepstitch.tensorfile import DTYPE_BYTES, TensorEntry
 
 __all__ = [
     "COPIED_FILES",
@@ -100,7 +100,7 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 
 
 def write_weights(
-    tensors: Iterable[PlannedTensor], path: Path, progress: Progress
+    tensors: Iterable[AnyTensor], path: Path, progress: Progress
 ) -> tuple[dict[str, TensorEntry], FileRecord]:
     """Write one safetensors file, a bounded block of one tensor at a time.
 
@@ -113,7 +113,7 @@ def write_weights(
         Where each tensor lies, and the file's identity.
     """
     # Wide dtypes first keeps every tensor aligned to its element size; the format allows no gaps.
-    ordered = sorted(tensors, key=lambda tensor: tensor.dtype != "F32")
+    ordered = sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     entries: dict[str, TensorEntry] = {}
     position = 0

@@ -25,6 +25,8 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "segment_attention",
+    "select_experts",
+    "swiglu",
 ]
 
 
@@ -251,16 +253,34 @@ def moe_experts(
         attrs = {"top_k": top_k, "norm_topk_prob": int(norm_topk_prob)}
         return _node("deepstitch::MoEExperts", (x, router_logits, gate_up_proj, down_proj), attrs, x, x.shape)
     tokens = x.flatten(0, -2)
-    weights, experts = router_logits.flatten(0, -2).softmax(-1, dtype=torch.float).topk(top_k, dim=-1)
-    if norm_topk_prob:
-        weights = weights / weights.sum(-1, keepdim=True)
+    weights, experts = select_experts(router_logits.flatten(0, -2), top_k, norm_topk_prob)
     output = torch.zeros_like(tokens)
     for expert in experts.unique().tolist():
         token, rank = torch.where(experts == expert)
-        gate, up = (tokens[token] @ gate_up_proj[expert]).chunk(2, dim=-1)
-        result = (F.silu(gate) * up) @ down_proj[expert]
+        result = swiglu(tokens[token] @ gate_up_proj[expert]) @ down_proj[expert]
         output = output.index_add(0, token, result * weights[token, rank, None].to(x.dtype))
     return output.view_as(x)
+
+
+def select_experts(router_logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+    """Weights and numbers of the experts each token goes to.
+
+    Args:
+        router_logits: ``[n, E]``.
+        top_k: experts per token.
+        norm_topk_prob: rescale the selected probabilities to sum to one.
+
+    Returns:
+        weights ``[n, top_k]`` float32 and expert numbers ``[n, top_k]``.
+    """
+    weights, experts = router_logits.softmax(-1, dtype=torch.float).topk(top_k, dim=-1)
+    return (weights / weights.sum(-1, keepdim=True) if norm_topk_prob else weights), experts
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of ``[..., 2I]``, gate columns first."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:

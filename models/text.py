@@ -158,6 +158,11 @@ class Qwen2MoeModel(nn.Module):
         exponents = torch.arange(0, self.config.head_dim, 2, device=device, dtype=torch.float) / self.config.head_dim
         return 1.0 / (self.config.rope_theta**exponents)
 
+    def rotary(self, position_ids: Tensor, inv_freq: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for every token, each ``[B, S, D/2]``; see :meth:`forward` for the arguments."""
+        inv_freq = self._inv_freq(position_ids.device) if inv_freq is None else inv_freq
+        return ops.mrope_cos_sin(position_ids, inv_freq, self.config.mrope_section)
+
     def forward(
         self,
         inputs_embeds: Tensor,
@@ -186,8 +191,7 @@ class Qwen2MoeModel(nn.Module):
         Returns:
             ``[B, S, H]`` (or ``[B, L, H]``) after the final norm.
         """
-        inv_freq = self._inv_freq(inputs_embeds.device) if inv_freq is None else inv_freq
-        cos_sin = ops.mrope_cos_sin(position_ids, inv_freq, self.config.mrope_section)
+        cos_sin = self.rotary(position_ids, inv_freq)
         hidden_states = inputs_embeds
         for layer_index, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, cos_sin, attention_mask, cache)

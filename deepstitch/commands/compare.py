@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from deepstitch.runtime.bundle import Bundle
 
 __all__ = ["command"]
 
@@ -40,6 +44,12 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     type=click.Choice(["hub", "transformers"]),
     help="Where the shapes of the experts cannot tell.",
 )
+@click.option(
+    "--quality",
+    type=_FILE,
+    metavar="FILE",
+    help="Measure instead what rounding cost: KL divergence from the checkpoint on the conversations of this file.",
+)
 @click.option("--html", "html_file", type=_FILE, help="Write a page with error plots.")
 @click.option(
     "--polygraphy-script",
@@ -57,6 +67,7 @@ def command(
     cases: tuple[str, ...],
     settings: tuple[str, ...],
     expert_layout: str | None,
+    quality: Path | None,
     html_file: Path | None,
     script: Path | None,
     as_json: bool,
@@ -70,6 +81,7 @@ def command(
     \b
     deepstitch compare BUNDLE --html report.html
     deepstitch compare BUNDLE --against portable --reference PORTABLE_BUNDLE
+    deepstitch compare BUNDLE --quality conversations.jsonl
     """
     from deepstitch.errors import ComparisonFailed, MissingDependency
     from deepstitch.export.compare.cases import select_cases
@@ -84,8 +96,12 @@ def command(
     from deepstitch.export.compare.report import failure_lines, table_lines
     from deepstitch.runtime.bundle import Bundle
 
+    opened = Bundle.open(bundle, progress=not quiet)
+    if quality is not None:
+        _report_quality(opened, checkpoint, quality, expert_layout, as_json=as_json, progress=not quiet)
+        return
     found = compare_bundle(
-        Bundle.open(bundle, progress=not quiet),
+        opened,
         against=against,
         checkpoint=checkpoint,
         reference=reference,
@@ -100,3 +116,27 @@ def command(
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(table_lines(found)))
     if not found.passed:
         raise ComparisonFailed(f"{bundle} is not what its reference computes: {'; '.join(failure_lines(found))}")
+
+
+def _report_quality(
+    bundle: Bundle,
+    checkpoint: Path | None,
+    conversations: Path,
+    expert_layout: str | None,
+    *,
+    as_json: bool,
+    progress: bool,
+) -> None:
+    from deepstitch.export.compare.comparison import checkpoint_of
+    from deepstitch.export.compare.quality import measure_quality
+
+    folder = checkpoint_of(bundle, checkpoint, "--quality")
+    found = measure_quality(bundle, folder, conversations, expert_layout=expert_layout, progress=progress)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle.folder), "weights": bundle.manifest.weights, **found.to_dict()}))
+        return
+    click.echo(
+        f"{bundle.folder}: {found.conversations} conversations, {found.positions} next tokens; KL divergence from the "
+        f"checkpoint {found.mean_kl:.3g} nats (largest {found.max_kl:.3g}); same most probable token "
+        f"{found.top1_agreement:.2%}"
+    )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command("export")
@@ -26,9 +27,31 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option(
     "--weights",
     default="fp32",
-    metavar="DTYPE",
-    help="What matrices are stored as, fp32 or fp16; arithmetic is fp32.",
+    metavar="KIND",
+    help="What the decoder's matrices are stored as: fp32, fp16, int8, int4 or mixed.",
 )
+@click.option(
+    "--vision-weights",
+    metavar="KIND",
+    help="Likewise for the vision encoder: fp32, fp16, int8 or int4; fp16 next to integers, else as --weights.",
+)
+@click.option(
+    "--kv-cache",
+    default="fp32",
+    metavar="KIND",
+    help="What keys and values are stored as: fp32, fp16, int8 or int4; the last two need --calibration.",
+)
+@click.option("--block", type=int, default=32, show_default=True, help="Integers that share a scale: 32, 64 or 128.")
+@click.option("--asymmetric", is_flag=True, help="Give every block a zero point of its own.")
+@click.option(
+    "--method",
+    metavar="METHOD",
+    help="How integers are chosen: rtn, search or gptq; gptq with --calibration, else search.",
+)
+@click.option(
+    "--calibration", type=_FILE, metavar="FILE", help="Conversations, one JSON object per line; see the README."
+)
+@click.option("--budget", metavar="SIZE", help="For mixed: what the integers may take, as 9GB, 700MB or 5.5bits.")
 @click.option("--by-reference", is_flag=True, help="Link the checkpoint's weight files instead of writing a copy.")
 @click.option(
     "--expert-layout",
@@ -49,6 +72,13 @@ def command(
     output: Path,
     target: str,
     weights: str,
+    vision_weights: str | None,
+    kv_cache: str,
+    block: int,
+    asymmetric: bool,
+    method: str | None,
+    calibration: Path | None,
+    budget: str | None,
     by_reference: bool,
     expert_layout: str | None,
     overwrite: bool,
@@ -59,15 +89,17 @@ def command(
     """Turn a checkpoint folder into a bundle of ONNX graphs and weights.
 
     The bundle is opened, its contract checked, and every stage compared with the PyTorch model; the exit code
-    is 1 if the comparison fails, and the bundle stays. A refused checkpoint leaves nothing behind.
+    is 1 if the comparison fails, and the bundle stays. A refused checkpoint leaves nothing behind. An interrupted
+    quantization goes on where it was when the same command is run again.
 
     \b
     deepstitch export Qwen3-VL-2B-Instruct --target ort-cpu --weights fp16 -o qwen3-vl-2b
+    deepstitch export Qwen3-VL-30B-A3B-Instruct --weights int4 --calibration prompts.jsonl -o qwen3-vl-30b
     """
     from deepstitch.errors import ComparisonFailed, MissingDependency
 
     try:
-        from deepstitch.export import ExportConfig, export_checkpoint
+        from deepstitch.export import ExportConfig, QuantizationConfig, export_checkpoint
     except ModuleNotFoundError as error:
         if str(error.name).startswith("deepstitch"):
             raise
@@ -79,6 +111,11 @@ def command(
         output=output,
         target=target,
         weights=weights,
+        vision_weights=vision_weights,
+        kv_cache=kv_cache,
+        quantization=QuantizationConfig(
+            block=block, symmetric=not asymmetric, method=method, calibration=calibration, budget=budget
+        ),
         by_reference=by_reference,
         expert_layout=expert_layout,
         overwrite=overwrite,
@@ -148,5 +185,11 @@ def _summary(bundle: Bundle, comparison: Comparison | None, seconds: float) -> I
         f"{bundle.folder}: {manifest.model.model_type}, {manifest.model.num_parameters:,} parameters, "
         f"target {manifest.target}, weights {manifest.weights}"
     )
+    if manifest.quantization is not None:
+        found = manifest.quantization
+        yield (
+            f"  {found.bits_per_weight:.2f} bits per quantized weight, method {found.method}"
+            + (f" on {found.calibration_tokens:,} calibration tokens" if found.calibration_tokens else "")
+        )
     yield f"  {graphs}; {size / 1e6:,.1f} MB; exported in {seconds:.1f} s"
     yield f"  {summary_line(comparison) if comparison else 'not compared with the model (--no-compare)'}"

@@ -20,11 +20,13 @@ from deepstitch.export.compare.polygraphy_engine import PolygraphyEngine, polygr
 from deepstitch.export.compare.references import PyTorchReference, Reference, ReferenceOpener
 from deepstitch.export.compare.report import Comparison
 from deepstitch.export.compare.stages import Stages
+from deepstitch.export.compare.stored_weights import compare_stored_weights
 from deepstitch.export.compare.tolerance import Tolerance
+from deepstitch.manifest import Manifest
 from deepstitch.runtime.bundle import Bundle
 from deepstitch.runtime.engine import open_engine
 
-__all__ = ["AGAINST", "compare_bundle", "make_inputs", "measure", "reference_opener", "run_reference"]
+__all__ = ["AGAINST", "checkpoint_of", "compare_bundle", "make_inputs", "measure", "reference_opener", "run_reference"]
 
 AGAINST = ("pytorch", "transformers", "portable")
 _SKIPPED = "does not apply: the model takes text only"
@@ -61,8 +63,8 @@ def compare_bundle(
         DeepstitchError: something is missing or refused; nothing was compared.
     """
     began = time.perf_counter()
-    opener, weights = reference_opener(bundle, against, checkpoint or _remembered(bundle), reference, expert_layout)
-    tolerance = Tolerance.for_weights(bundle.manifest.weights, *weights).replace(settings)
+    opener, others = reference_opener(bundle, against, checkpoint, reference, expert_layout)
+    tolerance = Tolerance.for_bundles(bundle.manifest, *others).replace(settings)
     inputs, skipped = make_inputs(bundle, cases)
     expected = run_reference(opener, inputs, against, progress)
     if script is not None:
@@ -71,6 +73,8 @@ def compare_bundle(
         write_script(script, bundle, inputs, expected, tolerance)
     polygraphy: dict[str, bool] = {}
     results: list[StageResult] = []
+    if against == "pytorch":
+        results += compare_stored_weights(bundle, checkpoint_of(bundle, checkpoint, "--against pytorch"), expert_layout)
     with _candidate(bundle, through_polygraphy=against == "portable") as candidate:
         pairs = tqdm(
             zip(inputs, expected, strict=True),
@@ -112,8 +116,8 @@ def make_inputs(bundle: Bundle, cases: Sequence[Case]) -> tuple[list[CaseInputs]
 
 def reference_opener(
     bundle: Bundle, against: str, checkpoint: Path | None, reference: Path | None, expert_layout: str | None
-) -> tuple[ReferenceOpener, tuple[str, ...]]:
-    """Check what the reference needs; return how to load it, and its weights' dtype if it is a bundle.
+) -> tuple[ReferenceOpener, tuple[Manifest, ...]]:
+    """Check what the reference needs; return how to load it, and its manifest if it is a bundle.
 
     Raises:
         InputError: the checkpoint or the reference bundle was not given.
@@ -125,21 +129,21 @@ def reference_opener(
             raise InputError("--against portable needs --reference BUNDLE, a bundle of the same model to compare with")
         other = Bundle.open(reference)
         _same_model(bundle, other)
-        return lambda: _polygraphy_candidate(other), (other.manifest.weights,)
-    if checkpoint is None:
-        raise InputError(
-            f"--against {against} needs --checkpoint DIR, the folder that was exported; a bundle does not "
-            "hold the PyTorch model"
-        )
-    _same_checkpoint(bundle, checkpoint)
+        return lambda: _polygraphy_candidate(other), (other.manifest,)
+    checkpoint = checkpoint_of(bundle, checkpoint, f"--against {against}")
     check_memory(checkpoint, expert_layout)
     if against == "transformers":
+        if bundle.manifest.quantization is not None:
+            raise UnsupportedError(
+                f"--against transformers: {bundle.folder} holds integer weights, transformers has the checkpoint's; "
+                "compare with --against pytorch, which takes the weights as stored, or measure with --quality FILE"
+            )
         _refuse_what_transformers_misreads(checkpoint)
 
     @contextlib.contextmanager
     def load() -> Iterator[Reference]:
         if against == "pytorch":
-            yield PyTorchReference(checkpoint, expert_layout)
+            yield PyTorchReference(checkpoint, expert_layout, bundle=bundle)
             return
         from deepstitch.export.compare.transformers_reference import TransformersReference
 
@@ -175,6 +179,21 @@ def _candidate(bundle: Bundle, *, through_polygraphy: bool) -> Iterator[Candidat
 def _polygraphy_candidate(bundle: Bundle) -> Iterator[Candidate]:
     with PolygraphyEngine.open(bundle) as engine:
         yield Candidate(engine)
+
+
+def checkpoint_of(bundle: Bundle, given: Path | None, flag: str) -> Path:
+    """The checkpoint folder to compare a bundle with: the given one, else the one its manifest remembers.
+
+    Raises:
+        InputError: there is none, or it is of another model.
+    """
+    checkpoint = given or _remembered(bundle)
+    if checkpoint is None:
+        raise InputError(
+            f"{flag} needs --checkpoint DIR, the folder that was exported; a bundle does not hold the PyTorch model"
+        )
+    _same_checkpoint(bundle, checkpoint)
+    return checkpoint
 
 
 def _remembered(bundle: Bundle) -> Path | None:

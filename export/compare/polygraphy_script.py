@@ -23,6 +23,7 @@ from deepstitch.export.compare.stages import DECODE, PREFILL, VISION, Floats, St
 from deepstitch.export.compare.tolerance import Tolerance
 from deepstitch.runtime.bundle import DECODER, VISION_ENCODER, Bundle
 from deepstitch.runtime.engine import Array, BoundRun
+from deepstitch.runtime.kvcache import cache_tensors
 from deepstitch.runtime.preprocess import VisionBatch
 
 __all__ = ["write_script"]
@@ -116,7 +117,8 @@ def _with_logits(calls: Sequence[Call], inputs: CaseInputs, stages: Stages) -> l
     rows = [np.concatenate(parts) for parts in zip(prefill, decode, strict=True)]
     paired = []
     for call in calls:
-        call["logit_index"] = _thinned(call["logit_index"])
+        last = call["query_lengths"][:, None] - 1
+        call["logit_index"] = np.minimum(_thinned(call["logit_index"]), last)  # padding asks for nothing
         places = call["past_lengths"][:, None] + call["logit_index"]
         paired.append((call, np.stack([row[place] for row, place in zip(rows, places, strict=True)])))
     return paired
@@ -158,7 +160,7 @@ def _script(
         "deepstack_embeds": (vision.value, vision.relative, 1.0),
         "logits": (logits.value, logits.relative, 1 - tolerance.outliers),
     }
-    model = bundle.manifest.model
+    cache = cache_tensors(bundle.graph(DECODER))[0]
     folder = Path(os.path.relpath(bundle.folder, path.parent)).as_posix()
     return _TEMPLATE.substitute(
         bundle=repr(folder),
@@ -166,9 +168,10 @@ def _script(
         graphs=repr({graph: bundle.graph(graph).file for graph in graphs}),
         cases=repr({graph: [case for case, _, _ in calls] for graph, calls in graphs.items()}),
         limits=repr(limits),
-        layers=model.num_hidden_layers,
-        heads=model.num_key_value_heads,
-        width=model.head_dim,
+        layers=bundle.manifest.model.num_hidden_layers,
+        heads=cache.heads,
+        width=cache.width,
+        dtype=repr(cache.dtype),
     )
 
 
@@ -197,7 +200,7 @@ GRAPHS = $graphs
 CASES = $cases  # of each call
 # output: (error, whether it is relative to the largest magnitude, quantile of the errors it holds for)
 LIMITS = $limits
-HEADS, WIDTH = $heads, $width  # of the KV cache
+HEADS, WIDTH, DTYPE = $heads, $width, $dtype  # of the KV cache
 CACHE = [f"past_key_values.{layer}.{part}" for layer in range($layers) for part in ("key", "value")]
 
 
@@ -208,7 +211,7 @@ def run_decoder(runner, calls):
     for call in calls:
         if not call["past_lengths"].any():
             shape = (len(call["past_lengths"]), HEADS, capacity, WIDTH)
-            cache = {name: np.zeros(shape, np.float32) for name in CACHE}
+            cache = {name: np.zeros(shape, DTYPE) for name in CACHE}
         outputs = runner.infer({**call, **cache})
         cache = {name: outputs[name.replace("past_key_values.", "present.")] for name in CACHE}
         yield {"logits": outputs["logits"]}

@@ -15,6 +15,7 @@ import numpy as np
 
 from deepstitch.export.compare.inputs import CaseInputs, RowInputs
 from deepstitch.export.compare.stages import Floats, Stages, gather, vision_stages
+from deepstitch.runtime.bundle import Bundle
 
 __all__ = ["PyTorchReference", "Reference", "ReferenceOpener"]
 
@@ -32,17 +33,36 @@ ReferenceOpener = Callable[[], AbstractContextManager[Reference]]
 
 
 class PyTorchReference:
-    """Our own PyTorch definition of the model, in float32."""
+    """Our own PyTorch definition of the model, in float32.
 
-    def __init__(self, checkpoint: Path, expert_layout: str | None = None) -> None:
+    Weights that the bundle stores as integers are taken as stored: the comparison shows what the graphs do with them.
+    Whether they are the checkpoint's is checked by itself (``stored_weights``), and what rounding them cost is another
+    question, which ``deepstitch compare --quality`` answers.
+    """
+
+    def __init__(self, checkpoint: Path, expert_layout: str | None = None, *, bundle: Bundle | None = None) -> None:
         """Load the weights.
+
+        Args:
+            checkpoint: the folder that was exported.
+            expert_layout: where the shapes of its experts cannot tell.
+            bundle: whose integer weights and rounded keys and values replace those of the model; None replaces nothing.
 
         Raises:
             CheckpointError: a tensor is missing, left over, misshapen or damaged.
         """
+        import torch
+
+        from deepstitch.export.quantize.as_stored import stored_parameters
+        from deepstitch.export.quantize.stored_cache import stored_cache
         from deepstitch.models import load_model
 
         self._model: Any = load_model(checkpoint, expert_layout=expert_layout)
+        self._cache = stored_cache(bundle, self._model.config.text) if bundle is not None else None
+        parameters = dict(self._model.named_parameters())
+        with torch.no_grad():
+            for name, values in stored_parameters(bundle) if bundle is not None else ():
+                parameters[name].copy_(torch.from_numpy(values))
 
     def run(self, inputs: CaseInputs) -> Stages:
         """All stages of one case."""
@@ -83,7 +103,8 @@ class PyTorchReference:
         else:
             embeds = model.embed_tokens(ids)
         positions = torch.from_numpy(self._positions(inputs, row))[:, None]
-        logits = model.lm_head(model.language_model(embeds, positions, input_deepstack_embeds=deepstack))[0].numpy()
+        hidden = model.language_model(embeds, positions, input_deepstack_embeds=deepstack, cache=self._cache)
+        logits = model.lm_head(hidden)[0].numpy()
         prompt = len(row.prompt)
         return embeds[0, :prompt].numpy(), logits[:prompt], logits[prompt:]
 

@@ -1,4 +1,4 @@
-"""How far a bundle may be from its reference, per dtype of the stored weights."""
+"""How far a bundle may be from its reference, by what its weights are stored as and how they are multiplied."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from deepstitch.errors import InputError, UnsupportedError, did_you_mean
+from deepstitch.errors import InputError, did_you_mean
 from deepstitch.export.compare.stages import LOGIT_STAGES
+from deepstitch.export.kv_functions import kind_of_graph
+from deepstitch.manifest import Manifest
+from deepstitch.runtime.bundle import DECODER
 
 __all__ = ["Limit", "Tolerance"]
 
@@ -50,18 +53,14 @@ class Tolerance:
     agreement: float
 
     @classmethod
-    def for_weights(cls, *weights: str) -> Tolerance:
-        """The default for stored weights, the loosest of several: ``fp32``, ``fp16``, ``checkpoint`` (exact).
+    def for_bundles(cls, *manifests: Manifest) -> Tolerance:
+        """The default for bundles that are compared with each other or with PyTorch: the loosest of what they hold."""
+        return cls.for_kinds(*(kind for manifest in manifests for kind in _kinds(manifest)))
 
-        Raises:
-            UnsupportedError: no tolerance was settled for such weights.
-        """
-        for each in weights:
-            if each not in _DEFAULTS:
-                raise UnsupportedError(
-                    f"weights '{each}' have no tolerance yet; state --tolerance logits=… and stages=…"
-                )
-        return max((_DEFAULTS[each] for each in weights), key=lambda tolerance: tolerance.stages)
+    @classmethod
+    def for_kinds(cls, *kinds: str) -> Tolerance:
+        """The loosest of ``fp32``, ``checkpoint`` (both exact), ``fp16`` and ``integer arithmetic``."""
+        return max((_DEFAULTS[kind] for kind in kinds), key=lambda tolerance: tolerance.stages)
 
     def replace(self, settings: Iterable[str]) -> Tolerance:
         """Change entries as the command line spells them, ``NAME=VALUE``.
@@ -98,8 +97,27 @@ class Tolerance:
 _SETTABLE = ("logits", "stages", "outliers", "agreement")
 _FRACTIONS = ("outliers", "agreement")
 _EXACT = Tolerance(logits=1e-4, logits_relative=False, stages=1e-4, outliers=0.0, agreement=1.0)
+_HALF = Tolerance(logits=5e-3, logits_relative=True, stages=5e-3, outliers=0.05, agreement=0.98)
+# Inputs of a layer rounded to 8 bits per block are wrong by up to 0.4 % each. Where that sends a token to another
+# expert, its row is another row, and so are those that attend to it.
+_INTEGER_ARITHMETIC = Tolerance(logits=5e-2, logits_relative=True, stages=3e-2, outliers=0.4, agreement=0.85)
 _DEFAULTS = {
     "fp32": _EXACT,
     "checkpoint": _EXACT,
-    "fp16": Tolerance(logits=5e-3, logits_relative=True, stages=5e-3, outliers=0.05, agreement=0.98),
+    "fp16": _HALF,
+    "integer arithmetic": _INTEGER_ARITHMETIC,
+    "rounded cache": _HALF,  # the reference rounds keys and values too, but not every one to the same side
 }
+
+
+def _kinds(manifest: Manifest) -> set[str]:
+    """What decides how far a bundle may be from the model with its stored weights."""
+    stored = {manifest.weights, manifest.vision_weights or manifest.weights}
+    if kind_of_graph(manifest.graphs[DECODER]).name != "fp32":
+        stored.add("rounded cache")
+    integers = stored - _DEFAULTS.keys()
+    if not integers:
+        return stored
+    # dequantized and multiplied in float32, stored integers are as exact as stored floats
+    arithmetic = "fp32" if manifest.target == "portable" else "integer arithmetic"
+    return (stored & _DEFAULTS.keys()) | {arithmetic}

@@ -5,44 +5,37 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from deepstitch.export.functions import parse_functions, segment_attention
+from deepstitch.export.kv_functions import ORT_CPU_TEXTS
 from deepstitch.export.lower import Target
+from deepstitch.export.passes.cached_attention_to_ort import CachedAttentionToOrt
 from deepstitch.export.passes.constant_reshapes import ConstantReshapes
 from deepstitch.export.passes.inline_functions import InlineFunctions
+from deepstitch.export.passes.linear_to_nbits import LinearToNBits
 from deepstitch.export.passes.moe_to_ort import MoEToOrt
-from deepstitch.export.passes.mrotary_to_ort import MRotaryToOrt
 from deepstitch.export.passes.name_nodes import NameNodes
+from deepstitch.export.passes.scatter_deepstack import ScatterDeepStack
+from deepstitch.export.passes.split_sequences import SplitSequences
 from deepstitch.export.passes.transpose_weights import TransposeWeights
 from deepstitch.export.weights import WeightPlan
 
 __all__ = ["TARGET"]
 
-# The kernel writes the cache itself, in place where past and present are bound to the same memory.
-_CACHED_ATTENTION = """
-CachedAttention <num_heads, kv_num_heads, scale>
-    (query, key, value, past_key, past_value, past_lengths, query_lengths) => (output, present_key,
-    present_value)
-{
-    one = Constant <value = int32[1] {1}> ()
-    total_lengths = Add (past_lengths, query_lengths)
-    last_positions = Sub (total_lengths, one)
-    longest = ReduceMax <keepdims = 1> (total_lengths)
-    output, present_key, present_value = com.microsoft.GroupQueryAttention
-        <num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale>
-        (query, key, value, past_key, past_value, last_positions, longest)
-}
-"""
-
 # The kernel does not hold a whole score matrix.
-_VISION_KERNEL = "com.microsoft.MultiHeadAttention <num_heads: int = @num_heads, scale: float = @scale>"
+_SEGMENT_ATTENTION = segment_attention(
+    "com.microsoft.MultiHeadAttention <num_heads: int = @num_heads, scale: float = @scale>", batches=True
+)
 
 
 def _passes(plan: WeightPlan) -> list[ir.passes.InPlacePass]:
     return [
         ConstantReshapes(),
+        SplitSequences(),
         MoEToOrt(plan),
-        MRotaryToOrt(),
+        LinearToNBits(plan),
+        ScatterDeepStack(),
+        CachedAttentionToOrt(),
         TransposeWeights(plan),
-        InlineFunctions(parse_functions((_CACHED_ATTENTION, segment_attention(_VISION_KERNEL)), com_microsoft=1)),
+        InlineFunctions(parse_functions((_SEGMENT_ATTENTION, *ORT_CPU_TEXTS), com_microsoft=1)),
         NameNodes(),
     ]
 

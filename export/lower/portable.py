@@ -8,6 +8,7 @@ from deepstitch.export.lower import Target
 from deepstitch.export.passes.constant_reshapes import ConstantReshapes
 from deepstitch.export.passes.inline_functions import InlineFunctions
 from deepstitch.export.passes.name_nodes import NameNodes
+from deepstitch.export.passes.split_sequences import SplitSequences
 from deepstitch.export.passes.transpose_weights import TransposeWeights
 from deepstitch.export.weights import WeightPlan
 
@@ -15,7 +16,7 @@ __all__ = ["TARGET"]
 
 
 def _passes(plan: WeightPlan) -> list[ir.passes.InPlacePass]:
-    return [ConstantReshapes(), TransposeWeights(plan), InlineFunctions(), NameNodes()]
+    return [ConstantReshapes(), SplitSequences(), TransposeWeights(plan), InlineFunctions(), NameNodes()]
 
 
 TARGET = Target(name="portable", passes=_passes, batched_continuation=True)

@@ -33,7 +33,7 @@ def results(folder: Path, made: tuple, wrap: Callable[[Engine], Engine] = lambda
     """Run a bundle over inputs and expectations of :func:`expected`; ``wrap`` may spoil the engine."""
     bundle = Bundle.open(folder, verify="full")
     candidate = Candidate(wrap(open_engine("ort", bundle, threads=1)))
-    tolerance = Tolerance.for_weights(bundle.manifest.weights)
+    tolerance = Tolerance.for_bundles(bundle.manifest)
     measured = []
     for inputs, stages in zip(*made, strict=True):
         measured += measure(inputs.case.name, candidate.run(inputs), stages, tolerance)

@@ -12,7 +12,7 @@ import pytest
 from deepstitch.cli import main
 from deepstitch.errors import UnsupportedError
 from deepstitch.export.compare import comparison
-from deepstitch.export.passes import mrotary_to_ort
+from deepstitch.export.passes import scatter_deepstack
 
 Fixture = Callable[..., Any]
 
@@ -47,8 +47,14 @@ def test_export_without_comparison(checkpoint: Path, tmp_path: Path, capsys: pyt
 def test_export_with_a_wrong_pass_fails_and_keeps_the_bundle(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The mRoPE layout of another model family: plausible output for text, nonsense for pictures."""
-    monkeypatch.setattr(mrotary_to_ort, "_INTERLEAVED_LAYOUT", 0)
+    """Every layer adds what another should: nothing changes for text, much for pictures."""
+    visual_rows = scatter_deepstack._visual_rows
+
+    def in_reverse(*arguments: Any) -> Any:
+        places, parts = visual_rows(*arguments)
+        return places, parts[::-1]
+
+    monkeypatch.setattr(scatter_deepstack, "_visual_rows", in_reverse)
     output = tmp_path / "bundle"
     assert main(["export", str(checkpoint), "-o", str(output), "--quiet"]) == 1
     captured = capsys.readouterr()

@@ -137,10 +137,11 @@ def test_failure_on_the_command_line(
 
 def sectioned_layout(model: onnx.ModelProto) -> None:
     """Positions laid out in sections t, h, w, as in Qwen2.5-VL."""
-    nodes = [node for node in model.graph.node if node.op_type == "MRotaryEmbedding"]
-    assert nodes
-    for node in nodes:
-        next(each for each in node.attribute if each.name == "mrope_layout").i = 0
+    graph = model.graph
+    (by_pair,) = (node for node in graph.node if node.op_type == "Gather" and node.input[0] == "position_ids")
+    axes = [0] * 6 + [1] * 5 + [2] * 5
+    graph.initializer.append(helper.make_tensor("sections", onnx.TensorProto.INT64, [16], axes))
+    by_pair.input[1] = "sections"
 
 
 def text_positions(model: onnx.ModelProto) -> None:

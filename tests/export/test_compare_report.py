@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from deepstitch.cli import main
-from deepstitch.errors import InputError, UnsupportedError
+from deepstitch.errors import InputError
 from deepstitch.export.compare import memory
 from deepstitch.export.compare.cases import CASES, select_cases
 from deepstitch.export.compare.html import render_html
@@ -23,7 +23,7 @@ from deepstitch.export.compare.metrics import StageResult, compare_stage
 from deepstitch.export.compare.report import Comparison, failure_lines, summary_line, table_lines
 from deepstitch.export.compare.tolerance import Tolerance
 
-EXACT, HALF = Tolerance.for_weights("fp32"), Tolerance.for_weights("fp16")
+EXACT, HALF = Tolerance.for_kinds("fp32"), Tolerance.for_kinds("fp16")
 
 
 def logits(*rows: list[float]) -> np.ndarray:
@@ -98,7 +98,7 @@ def test_outliers_are_let_pass_for_rounded_weights_only_and_never_silently() -> 
 
 
 def test_limits_by_weights_and_by_option() -> None:
-    assert Tolerance.for_weights("checkpoint") == EXACT
+    assert Tolerance.for_kinds("checkpoint") == EXACT
     assert (EXACT.limit("logits").value, EXACT.limit("logits").relative, EXACT.agreement, EXACT.outliers) == (
         1e-4,
         False,
@@ -106,10 +106,9 @@ def test_limits_by_weights_and_by_option() -> None:
         0.0,
     )
     assert EXACT.limit("vision").relative and EXACT.limit("vision").value == 1e-4
-    assert Tolerance.for_weights("fp32", "fp16") == HALF
+    assert Tolerance.for_kinds("fp32", "fp16") == HALF
     assert EXACT.replace(["logits=1e-3", "agreement=0.5"]).limit("decode").value == 1e-3
-    with pytest.raises(UnsupportedError, match="int4"):
-        Tolerance.for_weights("int4")
+    assert Tolerance.for_kinds("fp16", "integer arithmetic").limit("logits").value == 5e-2
 
 
 @pytest.mark.parametrize(

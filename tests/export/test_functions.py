@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -18,24 +20,31 @@ from deepstitch.export.functions import (
     VERSION,
     function_proto,
     parse_functions,
-    segment_attention,
 )
 from deepstitch.export.lower import ort_cpu
+from deepstitch.export.passes.cached_attention_to_ort import CachedAttentionToOrt
+from deepstitch.export.passes.inline_functions import InlineFunctions
 from deepstitch.models import ops
 
 from .graphs import session
 
-ORT_CPU = parse_functions((ort_cpu._CACHED_ATTENTION, segment_attention(ort_cpu._VISION_KERNEL)), com_microsoft=1)
+ORT_CPU = parse_functions((ort_cpu._SEGMENT_ATTENTION,), com_microsoft=1)
 OPERATORS = ("MRotaryCosSin", "CachedAttention", "SegmentAttention", "MoEExperts", "DeepStackAdd")
 TOLERANCE = 1e-5  # of the largest magnitude
 
 
 def run_operator(
-    proto: onnx.FunctionProto, feeds: dict[str, np.ndarray], outputs: dict[str, int], **attributes: Any
+    proto: onnx.FunctionProto,
+    feeds: dict[str, np.ndarray],
+    outputs: dict[str, int],
+    lower: Sequence[ir.passes.InPlacePass] = (),
+    **attributes: Any,
 ) -> list[np.ndarray]:
     """One node of an operator with its body, in ONNX Runtime; ``outputs`` gives their ranks."""
     inputs = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim)
+        helper.make_tensor_value_info(
+            name, helper.np_dtype_to_tensor_dtype(array.dtype), [*[None] * (array.ndim - 1), array.shape[-1]]
+        )
         for name, array in feeds.items()
     ]
     results = [
@@ -52,6 +61,11 @@ def run_operator(
         opset_imports=[helper.make_opsetid(*entry) for entry in sorted(imports)],
         ir_version=11,
     )
+    if lower:
+        lowered = ir.serde.deserialize_model(model)
+        for each in lower:
+            each(lowered)
+        model = ir.serde.serialize_model(lowered)
     return session(model.SerializeToString()).run(list(outputs), feeds)
 
 
@@ -109,6 +123,9 @@ LENGTHS = {
     "one token": ((0,), (1,)),
     "several rows continue": ((7, 2), (3, 3)),
     "ragged rows continue": ((7, 2), (1, 3)),
+    "one token after many": ((300,), (1,)),
+    "several tokens after many": ((300,), (5,)),
+    "one token of several rows after many": ((300, 180), (1, 1)),
 }
 
 
@@ -118,7 +135,8 @@ LENGTHS = {
 def test_cached_attention(lengths: str, heads: tuple[int, int], body: str) -> None:
     past, new = LENGTHS[lengths]
     rows, longest, width = len(past), max(new), 8
-    capacity = max(past) + longest + (0 if lengths == "one row continues" else 3)  # exactly full, or room to spare
+    exactly_full = lengths in ("one row continues", "one token after many")
+    capacity = max(past) + longest + (0 if exactly_full else 3)
     num_heads, kv_heads = heads
     feeds = {
         "query": normal(rows, longest, num_heads * width, seed=1),
@@ -129,15 +147,16 @@ def test_cached_attention(lengths: str, heads: tuple[int, int], body: str) -> No
         "past_lengths": np.array(past, np.int32),
         "query_lengths": np.array(new, np.int32),
     }
-    proto = function_proto("CachedAttention") if body == "definition" else ORT_CPU["CachedAttention"]
+    proto = function_proto("CachedAttention")
+    lower = [CachedAttentionToOrt(), InlineFunctions()] if body == "ort-cpu" else []
     attributes = {"num_heads": num_heads, "kv_num_heads": kv_heads, "scale": width**-0.5}
     ranks = {"output": 3, "present_key": 4, "present_value": 4}
     if body == "ort-cpu" and len(past) > 1 and max(new) > 1 and max(past) > 0:
         with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument, match="batch_size must be 1"):
-            run_operator(proto, feeds, ranks, **attributes)
+            run_operator(proto, feeds, ranks, lower, **attributes)
         assert not ort_cpu.TARGET.batched_continuation
         return
-    outputs = run_operator(proto, feeds, ranks, **attributes)
+    outputs = run_operator(proto, feeds, ranks, lower, **attributes)
     expected = [tensor.numpy() for tensor in ops.cached_attention(*tensors(feeds))]
     for row in range(rows):
         assert_close(outputs[0][row, : new[row]], expected[0][row, : new[row]])
@@ -147,7 +166,7 @@ def test_cached_attention(lengths: str, heads: tuple[int, int], body: str) -> No
 
 
 @pytest.mark.parametrize("body", ["definition", "ort-cpu"])
-@pytest.mark.parametrize("bounds", [(0, 8), (0, 4, 8, 12), (0, 4, 5, 16), (0, 1)], ids=str)
+@pytest.mark.parametrize("bounds", [(0, 8), (0, 4, 8, 12), (0, 4, 5, 16), (0, 4, 12, 16), (0, 1)], ids=str)
 def test_segment_attention(bounds: tuple[int, ...], body: str) -> None:
     heads, width = 2, 8
     feeds = {name: normal(bounds[-1], heads * width, seed=i) for i, name in enumerate(("query", "key", "value"))}

@@ -13,7 +13,6 @@ from deepstitch.export.lower import TARGETS, target
 from deepstitch.export.passes.constant_reshapes import ConstantReshapes
 from deepstitch.export.passes.inline_functions import InlineFunctions
 from deepstitch.export.passes.moe_to_ort import MoEToOrt
-from deepstitch.export.passes.mrotary_to_ort import MRotaryToOrt
 from deepstitch.export.passes.name_nodes import NameNodes
 from deepstitch.export.passes.transpose_weights import TransposeWeights
 from deepstitch.export.weights import WeightPlan
@@ -136,22 +135,6 @@ class TestMoEToOrt:
 
     def test_a_dense_model_is_left_alone(self, checkpoints: Callable[..., Checkpoint], traced_decoder: Trace) -> None:
         rewritten = Rewritten(checkpoints("qwen3"), traced_decoder, MoEToOrt)
-        assert rewritten.modified == [False] and op_counts(rewritten.before) == op_counts(rewritten.after)
-
-
-class TestMRotaryToOrt:
-    @pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3"])
-    def test_decoder(self, family: str, checkpoints: Callable[..., Checkpoint], traced_decoder: Trace) -> None:
-        rewritten = Rewritten(checkpoints(family), traced_decoder, lambda plan: MRotaryToOrt())
-        counts = op_counts(rewritten.after)
-        assert rewritten.modified == [True]
-        assert counts["com.microsoft.MRotaryEmbedding"] == 2 * LAYERS
-        assert not {"RotaryEmbedding", f"{DOMAIN}.MRotaryCosSin"} & set(counts)
-        assert counts["Cos"] == counts["Sin"] == 1, "one table for all layers"
-        rewritten.assert_decoder_is_the_same()
-
-    def test_the_vision_encoder_is_left_alone(self, moe: Checkpoint, traced_vision_encoder: Trace) -> None:
-        rewritten = Rewritten(moe, traced_vision_encoder, lambda plan: MRotaryToOrt())
         assert rewritten.modified == [False] and op_counts(rewritten.before) == op_counts(rewritten.after)
 
 
