@@ -1,0 +1,1 @@
+"""Every installed runtime on the same random weights, in one run: ``python -m benchmarks.peers --help``."""
