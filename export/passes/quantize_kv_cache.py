@@ -55,7 +55,8 @@ class QuantizeKVCache(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(nodes))
 
     def _retype(self, value: ir.Value) -> None:
-        *outer, head_dim = value.shape or ()
+        assert value.shape is not None
+        *outer, head_dim = value.shape
         assert isinstance(head_dim, int)
         value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(self.kind.dtype)))
         value.shape = ir.Shape([*outer, self.kind.width(head_dim)])
