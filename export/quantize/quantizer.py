@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +30,8 @@ _UNIT = re.compile(r"^(.*\.(?:layers|blocks|deepstack_merger_list)\.\d+)\.")
 _PIECE = 1 << 26  # float32 bytes of a matrix read at a time
 _STATE = "hidden.state"
 Progress = Callable[[int], object]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -117,29 +122,34 @@ class Quantizer:
         unit = _Unit({}, progress)
         for name in names:
             if is_expert(name):
-                unit.add_experts(name, (self._round(name, weight) for weight in self._experts(name)))
-            else:
-                parts = [self._round(name, part) for part in self._rows(name)]
-                for part in parts:
-                    progress(4 * part.numbers.numel())
-                arrays = [part.arrays() for part in parts]
-                unit.arrays |= {name + key: np.concatenate([each[key] for each in arrays]) for key in arrays[0]}
+                results = _in_threads(partial(self._round_expert, name), range(self._sources[name].shape[0]))
+                unit.add_experts(name, results)
+                continue
+            arrays = []
+            for part in _in_threads(partial(self._round_rows, name), self._row_ranges(name)):
+                arrays.append(part.arrays())
+                progress(4 * part.numbers.numel())
+            unit.arrays |= {name + key: np.concatenate([each[key] for each in arrays]) for key in arrays[0]}
         return unit.arrays
 
-    def _round(self, name: str, weight: Tensor, importance: Tensor | None = None) -> Quantized:
-        search = self._method != "rtn"
-        return round_to_nearest(weight, self._recipe.formats[name], search=search, importance=importance)
+    def _round(self, name: str, weight: Tensor) -> Quantized:
+        return round_to_nearest(weight, self._recipe.formats[name], search=self._method != "rtn")
 
-    def _experts(self, name: str) -> Iterator[Tensor]:
-        source = self._sources[name]
-        for expert in range(source.shape[0]):
-            yield torch.from_numpy(np.ascontiguousarray(source.read_float32(expert, expert + 1)[0].T))
+    def _round_expert(self, name: str, expert: int) -> Quantized:
+        weight = self._sources[name].read_float32(expert, expert + 1)[0].T
+        return self._round(name, torch.from_numpy(np.ascontiguousarray(weight)))
 
-    def _rows(self, name: str) -> Iterator[Tensor]:
-        source = self._sources[name]
-        step = max(1, _PIECE // (4 * math.prod(source.shape[1:])))
-        for start in range(0, source.shape[0], step):
-            yield torch.from_numpy(source.read_float32(start, start + step))
+    def _round_rows(self, name: str, rows: range) -> Quantized:
+        return self._round(name, self._read_rows(name, rows))
+
+    def _read_rows(self, name: str, rows: range) -> Tensor:
+        return torch.from_numpy(self._sources[name].read_float32(rows.start, rows.stop))
+
+    def _row_ranges(self, name: str) -> list[range]:
+        """The rows of a matrix, so many at a time that memory stays bounded."""
+        shape = self._sources[name].shape
+        step = max(1, _PIECE // (4 * math.prod(shape[1:])))
+        return [range(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
     def _head(self, progress: Progress) -> dict[str, Any]:
         if self._walk is None or self._method != "gptq":
@@ -150,7 +160,8 @@ class Quantizer:
         for hidden in self._walk.final_hidden():
             statistics.add(hidden)
         parts = []
-        for part in self._rows("lm_head.weight"):
+        for rows in self._row_ranges("lm_head.weight"):
+            part = self._read_rows("lm_head.weight", rows)
             parts.append(gptq(part, self._recipe.formats["lm_head.weight"], statistics).arrays())
             progress(4 * part.numel())
         return {"lm_head.weight" + key: np.concatenate([each[key] for each in parts]) for key in parts[0]}
@@ -227,11 +238,14 @@ class _LayerQuantizer:
         source: Any = mlp.experts
         first: list[Quantized] = []
         second: list[Quantized] = []
-        for expert in range(len(source.gate_up_proj)):
+
+        def quantize(expert: int) -> tuple[Quantized, Quantized]:
             routed = tokens[(chosen == expert).any(-1)]
             gate_up = _gptq(source.gate_up_proj[expert].T.contiguous(), self._formats[names[0]], routed)
             activated = ops.swiglu(routed @ gate_up.dequantized().T)
-            down = _gptq(source.down_proj[expert].T.contiguous(), self._formats[names[1]], activated)
+            return gate_up, _gptq(source.down_proj[expert].T.contiguous(), self._formats[names[1]], activated)
+
+        for gate_up, down in _in_threads(quantize, range(len(source.gate_up_proj))):
             self._unit.progress(4 * (gate_up.numbers.numel() + down.numbers.numel()))
             first.append(gate_up)
             second.append(down)
@@ -240,6 +254,18 @@ class _LayerQuantizer:
             stacked.add_experts(name, results)
         self._unit.arrays |= stacked.arrays
         mlp.experts = StackedExperts(QuantizedStack(first), QuantizedStack(second))  # type: ignore[assignment]
+
+
+def _in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Apply ``function`` to every item, in order, with one single-threaded worker per core.
+
+    The matrices are small: handing whole ones to threads costs less than splitting every operation.
+    """
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield from pool.map(function, items)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _gptq(weight: Tensor, stored: Any, inputs: Tensor) -> Quantized:

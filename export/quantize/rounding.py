@@ -69,18 +69,16 @@ class Quantized:
         return arrays
 
 
-def whole_range(blocks: Tensor, stored: WeightFormat, share: float = 1.0) -> Grid:
-    """A grid that covers ``share`` of the values of each block.
+def whole_range(blocks: Tensor, stored: WeightFormat) -> Grid:
+    """A grid that covers all values of each block, and zero.
 
     Symmetric: the value of the largest magnitude lies on the end that has one step more (``q = 0``), so the scale has
     the opposite sign of that value.
     """
+    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
     if stored.symmetric:
-        extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        scale = _not_zero(extreme * (-share / stored.middle))
+        scale = _not_zero(torch.where(high > -low, high, low) / -stored.middle)
         return Grid(scale, torch.full_like(scale, float(stored.middle)))
-    low = blocks.amin(-1).clamp(max=0) * share  # zero stays representable
-    high = blocks.amax(-1).clamp(min=0) * share
     scale = _not_zero((high - low) / stored.largest)
     return Grid(scale, (-low / scale).round().clamp(0, stored.largest))
 
@@ -100,14 +98,14 @@ def search_grid(blocks: Tensor, stored: WeightFormat, importance: Tensor | None 
         stored: the format.
         importance: ``[blocks, block]`` weight of each column's error, e.g. the mean square of its input; None: equal.
     """
-    best = whole_range(blocks, stored)
+    best = whole = whole_range(blocks, stored)
     least = _error(blocks, best, stored, importance)
     for share in _SHARES:
-        grid = whole_range(blocks, stored, share)
+        grid = Grid(whole.scale * share, whole.zero)
         error = _error(blocks, grid, stored, importance)
         better = error < least
         least = torch.where(better, error, least)
-        best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
+        best = Grid(torch.where(better, grid.scale, best.scale), whole.zero)
     return _refit(blocks, best, stored, importance, least)
 
 
