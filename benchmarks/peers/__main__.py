@@ -56,6 +56,9 @@ def _arguments() -> argparse.ArgumentParser:
         metavar="NAME=FLAGS",
         help="flags of our export; a new name adds a variant: --export 'int8-kv16=--weights int8 --kv-cache fp16'",
     )
+    parser.add_argument(
+        "--settings", choices=("all", "few"), default="all", help="how many settings compete in the pre-run"
+    )
     parser.add_argument("--quick", action="store_true", help="one round of mid, fewer figures and settings")
     parser.add_argument("--json", type=Path, help="where results go, after each round")
     parser.add_argument("--markdown", type=Path, help="where the table goes; otherwise stdout")
@@ -104,7 +107,7 @@ def main() -> None:
         retries=0 if given.quick else given.retries,
         noise_limit=given.noise,
         limit_seconds=given.limit,
-        quick=given.quick,
+        quick=given.quick or given.settings == "few",
     )
     session = Session(plan, workshop, given.json)
     report = session.run()
