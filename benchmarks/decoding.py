@@ -8,7 +8,7 @@ import numpy as np
 
 from deepstitch.runtime.bundle import Bundle
 from deepstitch.runtime.decode import RowTokens
-from deepstitch.runtime.embedding import EmbeddingTable
+from deepstitch.runtime.embedding import EmbeddingTable, PromptRows
 from deepstitch.runtime.engine.ort import OrtEngine
 
 __all__ = ["TextDecoder"]
@@ -31,7 +31,7 @@ class TextDecoder:
     def text(self, ids: np.ndarray, start: int = 0) -> RowTokens:
         """``(n,)`` ids as tokens of a text, the first of them at position ``start``."""
         return RowTokens(
-            embeds=self.table(ids),
+            embeds=PromptRows(self.table, ids, ids[:0], ()),
             position_ids=np.tile(np.arange(start, start + len(ids)), (3, 1)),
             deepstack=self._no_rows,
             deepstack_index=np.zeros(len(ids), np.int32),

@@ -193,7 +193,7 @@ def _inspect_bundle(folder: Path, request: Mapping[str, int | None]) -> Inspecti
     config = ModelConfig.from_file(folder)
     formats = manifest.quantization.formats if manifest.quantization is not None else {}
     modules = _module_sizes(_stored_tensors(folder, files), formats)
-    shape = _decoder_shape(config)
+    shape = dataclasses.replace(_decoder_shape(config), stores_scores=manifest.target == "portable")
     workload = _workload(request, manifest.model.max_position_embeddings)
     cache_dtype = _cache_dtype(manifest)
     weight_bytes = sum(module.num_bytes for module in modules)

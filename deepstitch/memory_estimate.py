@@ -33,6 +33,8 @@ class DecoderShape:
 
     Attributes:
         mlp_width: SwiGLU columns one token passes through: intermediate size, or expert width times top-k.
+        stores_scores: the attention kernel keeps the whole score matrix: that of a ``portable`` bundle does,
+            GroupQueryAttention goes through it in blocks.
     """
 
     hidden_size: int
@@ -42,6 +44,7 @@ class DecoderShape:
     num_key_value_heads: int
     head_dim: int
     mlp_width: int
+    stores_scores: bool = False
 
     def kv_bytes_per_token(self, cache_dtype: str) -> int:
         """Bytes one token of one row takes in the cache: keys and values of every layer."""
@@ -52,14 +55,14 @@ class DecoderShape:
         """Estimate of the largest set of intermediate tensors of one decoder call, in float32.
 
         Residual stream, its norm and the layer's result, plus the largest of attention (query, key, value,
-        result, and the full score matrix, which the CPU kernels store), the feed-forward block (gate, up,
-        product) and the logits.
+        result, and the score matrix where it is stored), the feed-forward block (gate, up, product) and the
+        logits.
         """
         chunk = min(workload.prefill_chunk or workload.context, workload.context)
         tokens = workload.batch * chunk
         streams = 3 * tokens * self.hidden_size
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        scores = workload.batch * self.num_attention_heads * chunk * workload.context
+        scores = tokens * self.num_attention_heads * workload.context if self.stores_scores else 0
         attention = tokens * heads * self.head_dim + scores
         feed_forward = 3 * tokens * self.mlp_width
         logits = workload.batch * self.vocab_size

@@ -19,6 +19,7 @@ __all__ = [
     "OPSET",
     "VERSION",
     "attach_functions",
+    "cached_attention",
     "function_proto",
     "parse_functions",
     "segment_attention",
@@ -63,10 +64,11 @@ MRotaryCosSin <mrope_section> (position_ids, inv_freq) => (cos, sin)
 
 # Keys and values are written at past_lengths; key slot j is visible to query s iff j <= past_lengths + s.
 _CACHED_ATTENTION = """
-CachedAttention <num_heads, kv_num_heads, scale>
-    (query, key, value, past_key, past_value, past_lengths, query_lengths) => (output, present_key,
+NAME <num_heads, kv_num_heads, scale>
+    (query, key, value, past_key, past_value, past_lengths, query_lengths SCALES) => (output, present_key,
     present_value)
 {
+    CONSTANTS
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
     keep_two = Constant <value_ints = [0, 0]> ()
@@ -84,8 +86,10 @@ CachedAttention <num_heads, kv_num_heads, scale>
     key_heads = Transpose <perm = [0, 2, 1, 3]> (key_split)
     value_heads = Transpose <perm = [0, 2, 1, 3]> (value_split)
     first_slot = Cast <to = 7> (past_lengths)
-    present_key = TensorScatter <axis = 2, mode = "linear"> (past_key, key_heads, first_slot)
-    present_value = TensorScatter <axis = 2, mode = "linear"> (past_value, value_heads, first_slot)
+    STORE
+    present_key = TensorScatter <axis = 2, mode = "linear"> (past_key, key_stored, first_slot)
+    present_value = TensorScatter <axis = 2, mode = "linear"> (past_value, value_stored, first_slot)
+    READ
     capacity_1d = Shape <start = 2, end = 3> (past_key)
     capacity = Squeeze (capacity_1d)
     slot = Range (zero, capacity, one)
@@ -98,7 +102,7 @@ CachedAttention <num_heads, kv_num_heads, scale>
     mask_axes = Constant <value_ints = [1, 3]> ()
     last_visible_4d = Unsqueeze (last_visible, mask_axes)
     visible = LessOrEqual (slot, last_visible_4d)
-    attended = Attention <scale: float = @scale> (query_heads, present_key, present_value, visible)
+    attended = Attention <scale: float = @scale> (query_heads, key_read, value_read, visible)
     attended_tokens = Transpose <perm = [0, 2, 1, 3]> (attended)
     merged_shape = Concat <axis = 0> (keep_two, rest)
     output = Reshape (attended_tokens, merged_shape)
@@ -254,10 +258,32 @@ def segment_attention(kernel: str, *, batches: bool = False) -> str:
     return _SEGMENTS.replace("NODES", nodes).replace("KERNEL", kernel)
 
 
+def cached_attention(
+    name: str = "CachedAttention", *, scales: str = "", constants: str = "", store: str = "", read: str = ""
+) -> str:
+    """The definition of attention over a KV cache.
+
+    Args:
+        name: of the operator.
+        scales: further inputs.
+        constants: nodes ``store`` and ``read`` need.
+        store: nodes that make ``key_stored`` and ``value_stored``, as they lie in the cache, from ``key_heads`` and
+            ``value_heads``; empty where they are the same.
+        read: nodes that make ``key_read`` and ``value_read`` from ``present_key`` and ``present_value``; likewise.
+    """
+    text = _CACHED_ATTENTION
+    for part in ("key", "value"):
+        text = text if store else text.replace(f"{part}_stored", f"{part}_heads")
+        text = text if read else text.replace(f"{part}_read", f"present_{part}")
+    for placeholder, nodes in {"SCALES": scales, "CONSTANTS": constants, "STORE": store, "READ": read}.items():
+        text = text.replace(placeholder, nodes)
+    return text.replace("NAME", name)
+
+
 _STANDARD_KERNEL = "Attention <q_num_heads: int = @num_heads, kv_num_heads: int = @num_heads, scale: float = @scale>"
 _TEXTS = (
     _M_ROTARY_COS_SIN,
-    _CACHED_ATTENTION,
+    cached_attention(),
     segment_attention(_STANDARD_KERNEL),
     _MOE_EXPERTS,
     _DEEP_STACK_ADD,

@@ -17,7 +17,7 @@ from types import MappingProxyType
 import onnx
 
 from deepstitch.errors import UnsupportedError
-from deepstitch.export.functions import parse_functions
+from deepstitch.export.functions import cached_attention, parse_functions
 from deepstitch.manifest import Graph
 
 __all__ = ["KV_CACHES", "ORT_CPU_TEXTS", "CacheKind", "kind_of_graph"]
@@ -163,56 +163,6 @@ _READ_CONSTANTS = """
     unpacked_shape = Constant <value_ints = [0, 0, 0, -1]> ()
 """
 
-_HEADER = """
-NAME <num_heads, kv_num_heads, scale>
-    (query, key, value, past_key, past_value, past_lengths, query_lengths SCALES) => (output, present_key,
-    present_value)
-"""
-
-# As CachedAttention, with PART_stored in between.
-_BODY = """
-{
-    CONSTANTS
-    zero = Constant <value_int = 0> ()
-    one = Constant <value_int = 1> ()
-    keep_two = Constant <value_ints = [0, 0]> ()
-    rest = Constant <value_ints = [-1]> ()
-    heads_scalar = Constant <value_int: int = @num_heads> ()
-    heads = Reshape (heads_scalar, rest)
-    kv_heads_scalar = Constant <value_int: int = @kv_num_heads> ()
-    kv_heads = Reshape (kv_heads_scalar, rest)
-    query_shape = Concat <axis = 0> (keep_two, heads, rest)
-    kv_shape = Concat <axis = 0> (keep_two, kv_heads, rest)
-    query_split = Reshape (query, query_shape)
-    key_split = Reshape (key, kv_shape)
-    value_split = Reshape (value, kv_shape)
-    query_heads = Transpose <perm = [0, 2, 1, 3]> (query_split)
-    key_heads = Transpose <perm = [0, 2, 1, 3]> (key_split)
-    value_heads = Transpose <perm = [0, 2, 1, 3]> (value_split)
-    first_slot = Cast <to = 7> (past_lengths)
-    STORE
-    present_key = TensorScatter <axis = 2, mode = "linear"> (past_key, key_stored, first_slot)
-    present_value = TensorScatter <axis = 2, mode = "linear"> (past_value, value_stored, first_slot)
-    READ
-    capacity_1d = Shape <start = 2, end = 3> (past_key)
-    capacity = Squeeze (capacity_1d)
-    slot = Range (zero, capacity, one)
-    new_1d = Shape <start = 1, end = 2> (query)
-    new = Squeeze (new_1d)
-    step = Range (zero, new, one)
-    axis_one = Constant <value_ints = [1]> ()
-    first_column = Unsqueeze (first_slot, axis_one)
-    last_visible = Add (first_column, step)
-    mask_axes = Constant <value_ints = [1, 3]> ()
-    last_visible_4d = Unsqueeze (last_visible, mask_axes)
-    visible = LessOrEqual (slot, last_visible_4d)
-    attended = Attention <scale: float = @scale> (query_heads, key_read, value_read, visible)
-    attended_tokens = Transpose <perm = [0, 2, 1, 3]> (attended)
-    merged_shape = Concat <axis = 0> (keep_two, rest)
-    output = Reshape (attended_tokens, merged_shape)
-}
-"""
-
 
 def _of_both(text: str) -> str:
     """A fragment for keys and for values."""
@@ -220,10 +170,13 @@ def _of_both(text: str) -> str:
 
 
 def _definition(kind: CacheKind) -> str:
-    constants = _CONSTANTS[kind.name] + (_READ_CONSTANTS if kind.per_byte == 2 else "")
-    header = _HEADER.replace("NAME", kind.operator).replace("SCALES", _scales(kind))
-    body = _BODY.replace("STORE", _of_both(_STORE[kind.name])).replace("READ", _of_both(_READ[kind.name]))
-    return header + body.replace("CONSTANTS", constants)
+    return cached_attention(
+        kind.operator,
+        scales=_scales(kind),
+        constants=_CONSTANTS[kind.name] + (_READ_CONSTANTS if kind.per_byte == 2 else ""),
+        store=_of_both(_STORE[kind.name]),
+        read=_of_both(_READ[kind.name]),
+    )
 
 
 def _scales(kind: CacheKind) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,19 @@ from deepstitch.manifest import ModelFacts
 from deepstitch.runtime.engine import Array, GraphRunner
 from deepstitch.runtime.kvcache import KVCache
 
-__all__ = ["Floats", "Ints", "RowTokens", "StepCall"]
+__all__ = ["Floats", "Ints", "RowTokens", "Rows", "StepCall"]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+
+
+class Rows(Protocol):
+    """``(n, H)`` float32 that need not exist before they are asked for; an array is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, span: slice, /) -> Floats:
+        """Rows of a range with step 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +34,13 @@ class RowTokens:
     """New tokens of one row, ready for the decoder.
 
     Attributes:
-        embeds: ``(n, H)`` float32, visual embeddings already in place.
+        embeds: ``(n, H)`` float32, visual embeddings in place; a long prompt's are made as its parts are taken.
         position_ids: ``(3, n)`` int64, axes t, h, w.
         deepstack: ``(T, num_deepstack*H)`` float32; ``T`` may be 0.
         deepstack_index: ``(n,)`` int32; 0 for text, ``r + 1`` for a token that adds row ``r``.
     """
 
-    embeds: Floats
+    embeds: Rows
     position_ids: Ints
     deepstack: Floats
     deepstack_index: npt.NDArray[np.int32]
@@ -109,7 +119,7 @@ class StepCall:
         for row, (part, pick) in enumerate(zip(parts, picks, strict=True)):
             count, visual = len(part), len(part.deepstack)
             self.query_lengths[row] = count
-            self.inputs_embeds[row, :count] = part.embeds
+            self.inputs_embeds[row, :count] = part.embeds[:]
             self.position_ids[:, row, :count] = part.position_ids
             self._logit_index[row, : len(pick)] = pick
             self._deepstack_embeds[next_visual : next_visual + visual] = part.deepstack

@@ -11,12 +11,12 @@ import numpy.typing as npt
 from deepstitch.blockwise import WeightFormat, dequantize, unpack_zero_points
 from deepstitch.errors import BundleError, InputError
 from deepstitch.runtime.bundle import Bundle
-from deepstitch.runtime.calls import Floats, RowTokens
+from deepstitch.runtime.calls import Floats, Ints, RowTokens
 from deepstitch.runtime.encoder_cache import VisionFeatures
 from deepstitch.runtime.preprocess import Prompt
 from deepstitch.tensorfile import DTYPE_BYTES, TensorEntry, TensorFile, to_float32
 
-__all__ = ["EmbeddingTable", "item_spans", "merge"]
+__all__ = ["EmbeddingTable", "PromptRows", "item_spans", "merge"]
 
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -24,7 +24,7 @@ _FLOATS = ("F32", "F16", "BF16")
 class EmbeddingTable:
     """The token embedding ``[vocab, H]``, memory-mapped; only the rows asked for are read."""
 
-    def __init__(self, rows: int, read: Callable[[npt.NDArray[np.int64]], Floats]) -> None:
+    def __init__(self, rows: int, read: Callable[[Ints], Floats]) -> None:
         self._rows = rows
         self._read = read
 
@@ -55,7 +55,7 @@ class EmbeddingTable:
         table = _mapped(entry)
         return cls(model.vocab_size, lambda ids: to_float32(table[ids], entry.dtype))
 
-    def __call__(self, ids: npt.NDArray[np.int64]) -> Floats:
+    def __call__(self, ids: Ints) -> Floats:
         """Look up ``(n,)`` ids; returns fresh ``(n, H)`` float32."""
         return self._read(ids)
 
@@ -67,7 +67,7 @@ def _mapped(entry: TensorEntry) -> npt.NDArray[Any]:
     return np.asarray(entry.read())  # a plain view: indexing a numpy.memmap costs several times as much per call
 
 
-def _integer_rows(tensors: TensorFile, name: str, stored: WeightFormat) -> Callable[[npt.NDArray[np.int64]], Floats]:
+def _integer_rows(tensors: TensorFile, name: str, stored: WeightFormat) -> Callable[[Ints], Floats]:
     """Reads rows of a table of integers."""
     scales = _mapped(tensors[f"{name}.scales"])
     values = _mapped(tensors[name]).reshape(*scales.shape, -1)
@@ -75,10 +75,35 @@ def _integer_rows(tensors: TensorFile, name: str, stored: WeightFormat) -> Calla
     if not stored.symmetric:
         zero_points = unpack_zero_points(_mapped(tensors[f"{name}.zero_points"]), scales.shape, stored.bits)
 
-    def read(ids: npt.NDArray[np.int64]) -> Floats:
+    def read(ids: Ints) -> Floats:
         return dequantize(values[ids], scales[ids], None if zero_points is None else zero_points[ids], stored)
 
     return read
+
+
+class PromptRows:
+    """Embeddings of a prompt, made for the range asked for: all of them are more than a long prompt's KV cache."""
+
+    def __init__(self, table: EmbeddingTable, ids: Ints, places: Ints, visual: Sequence[Floats]) -> None:
+        """``visual`` are the rows of each image and clip; they lie at ``places``, in order."""
+        self._table = table
+        self._ids = ids
+        self._places = places
+        self._visual = visual
+        self._starts = np.cumsum([0, *map(len, visual)])
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, span: slice) -> Floats:
+        start, stop, _ = span.indices(len(self))
+        embeds = self._table(self._ids[start:stop])
+        first, last = np.searchsorted(self._places, (start, stop)).tolist()
+        for rows, begin in zip(self._visual, self._starts.tolist(), strict=False):
+            low, high = max(first, begin), min(last, begin + len(rows))
+            if low < high:
+                embeds[self._places[low:high] - start] = rows[low - begin : high - begin]
+        return embeds
 
 
 def merge(
@@ -108,7 +133,6 @@ def merge(
         raise InputError(
             f"the prompt holds token id {ids.max()}, the model has {len(table)}; is its tokenizer another's?"
         )
-    embeds = table(ids)
     index = np.zeros(len(ids), np.int32)
     places = np.flatnonzero(np.isin(ids, visual_ids))
     given = sum(len(each.image_embeds) for each in features)
@@ -118,17 +142,18 @@ def merge(
             "pass one image or video per placeholder"
         )
     deepstack = np.zeros((0, deepstack_width), np.float32)
-    if features:
-        embeds[places] = np.concatenate([each.image_embeds for each in features])
     if features and deepstack_width:
         deepstack = np.concatenate([each.deepstack_embeds for each in features])
         index[places] = np.arange(1, given + 1, dtype=np.int32)
     return RowTokens(
-        embeds=embeds, position_ids=prompt.position_ids[:, start:], deepstack=deepstack, deepstack_index=index
+        embeds=PromptRows(table, ids, places, [each.image_embeds for each in features]),
+        position_ids=prompt.position_ids[:, start:],
+        deepstack=deepstack,
+        deepstack_index=index,
     )
 
 
-def item_spans(prompt: Prompt, visual_ids: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def item_spans(prompt: Prompt, visual_ids: Sequence[int]) -> tuple[Ints, Ints]:
     """First visual token of each image and clip, and one past its last; ``(N,)`` each."""
     if prompt.vision is None:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)

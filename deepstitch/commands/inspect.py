@@ -25,8 +25,9 @@ __all__ = ["command"]
 @click.option("--batch", type=click.IntRange(min=1), default=1, help="Rows that run together.")
 @click.option(
     "--prefill-chunk",
-    type=click.IntRange(min=1),
-    help="Prompt tokens per decoder call.  [default: all at once]",
+    type=click.IntRange(min=0),
+    default=512,
+    help="Prompt tokens per decoder call; 0 takes all at once.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.pass_context
@@ -35,7 +36,7 @@ def command(
     folder: Path,
     context: int | None,
     batch: int,
-    prefill_chunk: int | None,
+    prefill_chunk: int,
     as_json: bool,
 ) -> None:
     """Show architecture, parameters, sizes, contract and estimated memory.
@@ -48,7 +49,7 @@ def command(
     """
     from deepstitch.inspection import inspect
 
-    found = inspect(folder, context=context, batch=batch, prefill_chunk=prefill_chunk)
+    found = inspect(folder, context=context, batch=batch, prefill_chunk=prefill_chunk or None)
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(_report(found)))
     if not found.intact:
         ctx.exit(1)

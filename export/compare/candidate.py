@@ -47,7 +47,7 @@ class Candidate:
             tokens = [self._turn(inputs, row, turn, features, ropes[row]) for row in range(count)]
             wanted = [range(len(each)) for each in tokens]
             for row, values in enumerate(state.prefill(tokens, wanted=wanted, chunk=inputs.case.chunk)):
-                embeddings[row].append(tokens[row].embeds)
+                embeddings[row].append(tokens[row].embeds[:])
                 logits[row].append(values)
         decode = self._decode(inputs, state, ropes)
         return stages | gather(

@@ -153,9 +153,10 @@ class QuantizationWork:
 
     def facts(self) -> Quantization:
         """For the manifest."""
+        looked = self.method == "gptq" or self.search is not None  # else it was for the scales of the KV cache
         return Quantization(
             method=self.method,
-            calibration_tokens=self.calibration.tokens if self.calibration is not None else 0,
+            calibration_tokens=self.calibration.tokens if self.calibration is not None and looked else 0,
             bits_per_weight=round(self.recipe.bits_per_weight(self.sources), 3),
             formats={name: str(stored) for name, stored in self.recipe.formats.items()},
         )

@@ -31,7 +31,7 @@ def test_tokens_are_those_of_the_numpy_decoder(pipeline, pictures):
         visual_ids=parts.visual_ids,
         deepstack_width=DEEPSTACK * HIDDEN,
     )
-    embeds, positions, index = row.embeds, row.position_ids, row.deepstack_index
+    embeds, positions, index = row.embeds[:], row.position_ids, row.deepstack_index
     wanted = []
     for step in range(10):
         wanted.append(int(reference_logits(embeds, positions, row.deepstack, index)[-1].argmax()))

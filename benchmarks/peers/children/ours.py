@@ -16,7 +16,7 @@ from benchmarks.peers.children.base import main
 from deepstitch.runtime.bundle import Bundle
 from deepstitch.runtime.calls import RowTokens
 from deepstitch.runtime.decode import DecoderState
-from deepstitch.runtime.embedding import EmbeddingTable
+from deepstitch.runtime.embedding import EmbeddingTable, PromptRows
 from deepstitch.runtime.engine.ort import OrtEngine
 from deepstitch.runtime.generate import Generation
 from deepstitch.runtime.preprocess import Prompt
@@ -87,7 +87,7 @@ class Deepstitch:
     def _row(self, ids: npt.NDArray[np.int64], start: int = 0) -> RowTokens:
         count = len(ids)
         return RowTokens(
-            embeds=self._table(ids),
+            embeds=PromptRows(self._table, ids, ids[:0], ()),
             position_ids=np.tile(np.arange(start, start + count, dtype=np.int64), (3, 1)),
             deepstack=np.zeros((0, self._model.num_deepstack * self._model.hidden_size), np.float32),
             deepstack_index=np.zeros(count, np.int32),
