@@ -18,7 +18,7 @@ from deepstitch.errors import DeepstitchError, did_you_mean
 
 __all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "VERBS", "cli", "main"]
 
-VERBS = ("export", "run", "chat", "compare", "inspect")  # in the order one meets them
+VERBS = ("export", "run", "chat", "encode-server", "language-server", "compare", "inspect")  # as one meets them
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 EXIT_BUG = 70  # EX_SOFTWARE; Python's own 1 would read as a failed comparison
 
@@ -34,7 +34,7 @@ class LazyGroup(click.Group):
         """Import one verb; None where there is no such verb."""
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"deepstitch.commands.{cmd_name}")
+        module = importlib.import_module(f"deepstitch.commands.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

@@ -163,6 +163,7 @@ class Manifest:
         command: the command line that produced the bundle.
         versions: packages that took part, by name.
         checkpoint: folder the bundle was exported from, relative to the bundle; ``compare`` looks there first.
+        checkpoint_fingerprint: which weights those are; bundles of one checkpoint share it, however they store them.
     """
 
     format_version: int
@@ -177,6 +178,7 @@ class Manifest:
     graphs: dict[str, Graph]
     files: dict[str, FileRecord] = field(default_factory=dict)
     checkpoint: str | None = None
+    checkpoint_fingerprint: str | None = None
     vision_weights: str | None = None
     quantization: Quantization | None = None
 

@@ -51,6 +51,7 @@ from deepstitch.manifest import (
 )
 from deepstitch.models.checkpoint import EXPERT_LAYOUTS, Checkpoint, WeightSource
 from deepstitch.models.config import ModelConfig
+from deepstitch.models.fingerprint import fingerprint
 from deepstitch.runtime.verify import remember_files
 from deepstitch.tensorfile import TensorEntry
 
@@ -167,6 +168,7 @@ def export_checkpoint(config: ExportConfig) -> Path:
                 graphs=written,
                 files=files,
                 checkpoint=Path(os.path.relpath(checkpoint.folder.resolve(), config.output.resolve())).as_posix(),
+                checkpoint_fingerprint=fingerprint(checkpoint.entries),
             )
             (folder / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
     remember_files(config.output, manifest)

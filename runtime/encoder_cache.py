@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,17 @@ class EncoderCache:
         found.update(self._encode_missing(missing))
         return [[found[key] for key in batch.content_keys] if batch else [] for batch in batches]
 
+    def get(self, key: str) -> VisionFeatures | None:
+        """Outputs kept under a content key."""
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def put(self, key: str, features: VisionFeatures) -> None:
+        """Keep outputs that came from elsewhere."""
+        self._keep({key: features})
+
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()
@@ -92,12 +103,17 @@ class EncoderCache:
             key: VisionFeatures(rows.copy(), deep.copy()) for key, (rows, deep) in zip(missing, pairs, strict=True)
         }
         self.misses += len(fresh)
+        self._keep(fresh)
+        return fresh
+
+    def _keep(self, fresh: Mapping[str, VisionFeatures]) -> None:
         for key, features in fresh.items():
+            if key in self._entries:
+                self._nbytes -= self._entries.pop(key).nbytes
             self._entries[key] = features
             self._nbytes += features.nbytes
         while self._nbytes > self._max_bytes:
             self._nbytes -= self._entries.popitem(last=False)[1].nbytes
-        return fresh
 
 
 def _concatenate(batches: Sequence[VisionBatch]) -> VisionBatch:

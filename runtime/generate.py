@@ -43,6 +43,7 @@ class Generation:
         *,
         state: DecoderState | None = None,
         start: int = 0,
+        inputs: Sequence[RowTokens] | None = None,
     ) -> None:
         """Check the prompts against the context and make room for them.
 
@@ -52,6 +53,7 @@ class Generation:
             options: shared by all rows.
             state: a cache that holds the first ``start`` tokens of the single prompt.
             start: see ``state``.
+            inputs: what the prompts look like to the decoder, where another process has worked that out.
 
         Raises:
             InputError: a prompt is empty, or it and ``max_tokens`` exceed the context.
@@ -59,6 +61,7 @@ class Generation:
         self._parts = parts
         self._options = options
         self._start = start
+        self._inputs = inputs
         self.timings = Timings()
         self._engine_before = 0.0
         model = parts.engine.bundle.manifest.model
@@ -77,8 +80,10 @@ class Generation:
 
     def __iter__(self) -> Iterator[Piece]:
         """Write until every row has finished."""
-        inputs = self._embed_prompts()
+        inputs = self._embed_prompts() if self._inputs is None else self._inputs
+        self._inputs = None  # as large as the prompt; not needed once it is in the cache
         yield from self._prefill(inputs)
+        del inputs
         while self._running:
             yield from self._step() if self._drafter is None else self._speculate(self._drafter)
 

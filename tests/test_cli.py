@@ -29,7 +29,7 @@ HEAVY = (
     "matplotlib",
     "numpy",
 )
-HEAVY += ("PIL", "av", "tokenizers", "jinja2", "safetensors", "tqdm")
+HEAVY += ("PIL", "av", "tokenizers", "jinja2", "safetensors", "tqdm", "aiohttp", "msgspec", "prometheus_client")
 ENTRY = "import sys; from deepstitch.cli import main; code = main(sys.argv[1:]);"  # what the console script does
 
 
@@ -40,7 +40,9 @@ def run(*words: str, script: str = "sys.exit(code)") -> subprocess.CompletedProc
 
 def test_every_command_file_is_a_verb(repository: Path) -> None:
     modules = (repository / "deepstitch" / "commands").glob("*.py")
-    assert {path.stem for path in modules if "\ndef command(" in path.read_text("utf-8")} == set(VERBS)
+    assert {path.stem.replace("_", "-") for path in modules if "\ndef command(" in path.read_text("utf-8")} == set(
+        VERBS
+    )
 
 
 @pytest.mark.parametrize("verb", [None, *VERBS])

@@ -15,6 +15,9 @@ RUNTIME_LIBRARIES |= {
     "markupsafe",
     "av",
 }  # comes with jinja2; av is the extra for video files, imported on use
+# The extra for processes of their own, and the two folders that need it.
+SERVER_LIBRARIES = {"aiohttp", "mooncake", "msgspec", "nixl", "prometheus_client", "xxhash"}
+SERVER_FOLDERS = ("runtime/disaggregated/", "runtime/server/")
 RUNTIME_SHARED = {
     "deepstitch.blockwise",
     "deepstitch.errors",
@@ -86,7 +89,8 @@ def test_runtime_imports_only_what_it_ships_with(repository: Path) -> None:
     def allowed(each: Import) -> bool:
         if each.library == "deepstitch":
             return inside(each.name, RUNTIME_SHARED) or each.name == "deepstitch.__version__"
-        return each.library in RUNTIME_LIBRARIES | sys.stdlib_module_names
+        servers = SERVER_LIBRARIES if each.where.startswith(SERVER_FOLDERS) else set()
+        return each.library in RUNTIME_LIBRARIES | servers | sys.stdlib_module_names
 
     assert violations(repository, ("runtime",), allowed) == []
 

@@ -63,6 +63,7 @@ def packed_graph(bundle: Bundle, name: str, session_options: Options) -> Path:
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
+        _sweep(folder.parent)
         _check_space(temporary, sum(record.size for record in bundle.manifest.files.values()))
         _write(bundle.graph_path(name), temporary / path.name, session_options)
         _compare(bundle.graph(name), bundle.graph_path(name), temporary / path.name, session_options)
@@ -75,6 +76,14 @@ def packed_graph(bundle: Bundle, name: str, session_options: Options) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes left that were killed while they wrote."""
+    for path in folder.glob("*.*"):
+        number = path.suffix[1:]
+        if number.isdigit() and not Path("/proc", number).exists() and Path("/proc/self").exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _move(temporary: Path, folder: Path, path: Path) -> None:

@@ -39,6 +39,22 @@ class VisionBatch:
     tokens_per_item: npt.NDArray[np.int64]
     content_keys: tuple[str, ...]
 
+    @classmethod
+    def without_pixels(cls, grid_thw: npt.NDArray[np.int64], keys: Sequence[str], merge_size: int) -> VisionBatch:
+        """Items whose encoder outputs are there already: sizes and keys, and no patches."""
+        empty, whole = np.zeros((0, 0), np.float32), np.zeros((4, 0), np.int64)
+        return cls(
+            pixel_values=empty,
+            position_indices=whole,
+            position_weights=whole.astype(np.float32),
+            rotary_cos=empty,
+            rotary_sin=empty,
+            cu_seqlens=np.zeros(1, np.int32),
+            grid_thw=grid_thw,
+            tokens_per_item=grid_thw.prod(axis=1) // merge_size**2,
+            content_keys=tuple(keys),
+        )
+
     def graph_inputs(self) -> dict[str, npt.NDArray[np.generic]]:
         """Tensors by the input names of the vision_encoder graph."""
         return {

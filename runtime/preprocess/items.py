@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from deepstitch.errors import InputError
 from deepstitch.manifest import VisionFacts
 from deepstitch.runtime.preprocess.batch import VisionBatch
 from deepstitch.runtime.preprocess.images import ImageSource, load_image
@@ -19,17 +21,16 @@ from deepstitch.runtime.preprocess.settings import ImageSettings, VideoSettings
 from deepstitch.runtime.preprocess.video import VideoSource, frame_indices, open_clip, timestamps
 from deepstitch.runtime.preprocess.vision_inputs import vision_inputs
 
-__all__ = ["ClipItem", "ImageItem", "VisualItem", "pack"]
+__all__ = ["ClipItem", "ImageItem", "KnownImage", "VisualItem", "pack"]
 
 
 class VisualItem(Protocol):
-    """What :func:`pack` needs of an image or clip.
+    """What :func:`pack` needs of an image or clip."""
 
-    Attributes:
-        grid: patches along time, height, width.
-    """
-
-    grid: tuple[int, int, int]
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Patches along time, height, width."""
+        ...
 
     def write(self, out: npt.NDArray[np.float32]) -> str:
         """Fill ``[t*h*w, patch width]`` and return the content key."""
@@ -56,6 +57,23 @@ class ImageItem:
     def write(self, out: npt.NDArray[np.float32]) -> str:
         """Fill ``[h*w, patch width]`` and return the content key."""
         return _write_steps(iter([[self._pixels]]), self.grid, self._settings, self._shape, out)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownImage:
+    """A picture that was prepared before: in place of its pixels, what came of them.
+
+    Attributes:
+        grid: patches along time, height, width.
+        key: content key of its encoder outputs.
+    """
+
+    grid: tuple[int, int, int]
+    key: str
+
+    def write(self, out: npt.NDArray[np.float32]) -> str:
+        """Refuse: there are no pixels."""
+        raise InputError("pictures that are known and pictures that are not cannot be prepared in one prompt")
 
 
 class ClipItem:
@@ -100,6 +118,9 @@ class ClipItem:
 def pack(items: Sequence[VisualItem], vision: VisionFacts, shape: PatchShape) -> VisionBatch:
     """Write all items into one batch, in their order; the only large array is ``pixel_values`` itself."""
     grid = np.array([item.grid for item in items], dtype=np.int64)
+    known = [item.key for item in items if isinstance(item, KnownImage)]
+    if len(known) == len(items):
+        return VisionBatch.without_pixels(grid, known, shape.merge)
     patches = grid.prod(axis=1)
     pixel_values = np.empty((int(patches.sum()), shape.width), np.float32)
     ends = np.cumsum(patches).tolist()

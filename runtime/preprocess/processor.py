@@ -14,7 +14,7 @@ from deepstitch.manifest import ModelFacts, VisionFacts
 from deepstitch.runtime.preprocess.batch import Prompt
 from deepstitch.runtime.preprocess.chat import ChatTemplate
 from deepstitch.runtime.preprocess.images import ImageSource
-from deepstitch.runtime.preprocess.items import ClipItem, ImageItem, VisualItem, pack
+from deepstitch.runtime.preprocess.items import ClipItem, ImageItem, KnownImage, VisualItem, pack
 from deepstitch.runtime.preprocess.messages import Message, conversation, split_media
 from deepstitch.runtime.preprocess.patches import PatchShape
 from deepstitch.runtime.preprocess.positions import MRopeState
@@ -101,7 +101,7 @@ class Processor:
             messages: chat format. A content part of type image or video may carry its own
                 (``{"type": "image", "image": path}``), or it takes the next of ``images`` or ``videos``. A
                 bare string is one user turn.
-            images: paths, bytes, PIL images or arrays.
+            images: paths, bytes, PIL images or arrays; or, for all of them, what is known from an earlier prompt.
             videos: see :mod:`deepstitch.runtime.preprocess.video`.
             add_generation_prompt: end with the opening of the assistant's turn.
             tools: JSON schemas of functions, where the template knows them.
@@ -175,7 +175,9 @@ class Processor:
             order.append((kind, counters[kind]))
         return order
 
-    def _item(self, kind: str, index: int, source: Any) -> ImageItem | ClipItem:
+    def _item(self, kind: str, index: int, source: Any) -> ImageItem | ClipItem | KnownImage:
+        if isinstance(source, KnownImage):
+            return source
         if kind == "image":
             assert self._image_settings is not None
             return ImageItem(source, self._image_settings, self._shape, f"image {index + 1}")

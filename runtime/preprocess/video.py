@@ -39,7 +39,7 @@ class Clip:
 
 
 VideoSource = Any
-"""A path, a sequence of pictures, an array of frames, or a :class:`Clip`."""
+"""A path, the bytes of a file, a sequence of pictures, an array of frames, or a :class:`Clip`."""
 
 
 class FrameSource(Protocol):
@@ -69,7 +69,7 @@ def open_clip(source: VideoSource, label: str = "video") -> FrameSource:
         InputError: it is missing, damaged, empty, or no clip.
         MissingDependency: it is a file and PyAV is not installed.
     """
-    if isinstance(source, str | os.PathLike):
+    if isinstance(source, str | os.PathLike | bytes):
         from deepstitch.runtime.preprocess.video_file import FileFrames
 
         return FileFrames(source, f"{label} ({describe(source)})")

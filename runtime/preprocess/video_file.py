@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,23 @@ from deepstitch.runtime.preprocess.images import MAX_IMAGE_PIXELS
 
 __all__ = ["FileFrames"]
 
+_CONTAINERS = (
+    "mov",
+    "mp4",
+    "m4a",
+    "3gp",
+    "3g2",
+    "mj2",
+    "matroska",
+    "webm",
+    "avi",
+    "mpeg",
+    "mpegts",
+    "gif",
+    "flv",
+    "ogg",
+)
+
 
 class FileFrames:
     """A video file. Nothing is decoded before :meth:`read`, and one frame at a time then.
@@ -25,14 +43,16 @@ class FileFrames:
         do_sample: None; see :class:`deepstitch.runtime.preprocess.video.Clip`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], label: str) -> None:
+    def __init__(self, source: str | os.PathLike[str] | bytes, label: str) -> None:
+        """Open; ``source`` is a path or what such a file holds."""
         try:
             import av
         except ImportError:
             raise MissingDependency("av", "video", "reading a video file") from None
-        self._av, self._path, self._label = av, Path(path), label
+        self._av, self._label = av, label
+        self._source = source if isinstance(source, bytes) else Path(source)
         self.do_sample: bool | None = None
-        if not self._path.is_file():
+        if isinstance(self._source, Path) and not self._source.is_file():
             raise InputError(f"{label}: no such file")
         with self._open() as container:
             stream = self._stream(container)
@@ -67,7 +87,11 @@ class FileFrames:
                 yield Image.fromarray(frame.to_ndarray(format="rgb24"))
 
     def _open(self) -> Any:
-        return self._guard(lambda: self._av.open(str(self._path)))
+        if isinstance(self._source, Path):
+            return self._guard(lambda: self._av.open(str(self._source)))
+        # Bytes may come from anyone: formats that name other files or addresses are left out.
+        options = {"protocol_whitelist": "none", "format_whitelist": ",".join(_CONTAINERS)}
+        return self._guard(lambda: self._av.open(io.BytesIO(self._source), container_options=options))
 
     def _stream(self, container: Any) -> Any:
         if not container.streams.video:

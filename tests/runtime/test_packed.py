@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -75,6 +78,16 @@ def test_a_failed_attempt_leaves_nothing(plain_bundle, cache, monkeypatch):
     with pytest.raises(BundleError, match="No space left"):
         deepstitch.load(plain_bundle, threads=1, packed_cache=True)
     assert list((cache / "packed").iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed(plain_bundle, cache):
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    left, alive = (cache / "packed" / f"{'0' * 32}.{number}" for number in (finished.pid, os.getpid()))
+    for folder in (left, alive):
+        folder.mkdir(parents=True)
+    deepstitch.load(plain_bundle, threads=1, packed_cache=True)
+    assert alive.is_dir() and not left.exists()
 
 
 def test_an_exporter_can_vouch_for_its_files(plain_bundle, cache, monkeypatch):

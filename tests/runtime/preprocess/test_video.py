@@ -180,6 +180,24 @@ def test_a_file_equals_its_sampled_frames(processor, video_file, hf_video, name)
     assert "<0.3 seconds>" in steps and "<1.6 seconds>" in steps
 
 
+def test_bytes_equal_their_file(processor, video_file):
+    path = video_file()
+    left, right = (processor("x", videos=[each]).vision.content_keys for each in (path, path.read_bytes()))
+    assert left == right
+
+
+def test_bytes_open_no_files(processor, video_file, monkeypatch):
+    """A playlist names files of the machine it is read on."""
+    path = video_file()
+    monkeypatch.chdir(path.parent)
+    playlist = f"ffconcat version 1.0\nfile {path.name}\n".encode()
+    script = path.with_suffix(".ffconcat")
+    script.write_bytes(playlist)
+    assert processor("x", videos=[script])  # the user's own file may
+    with pytest.raises(InputError, match=r"video 1 .*cannot be decoded"):
+        processor("x", videos=[playlist])
+
+
 def test_only_sampled_frames_are_kept(processor, video_file):
     prompt = processor("x", videos=[str(video_file(count=90, rate=30))])
     assert prompt.vision.grid_thw.tolist() == [[3, 4, 6]]

@@ -1,0 +1,167 @@
+"""Language side: a standing connection to one encode process, its pool included."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deepstitch.runtime.disaggregated.buffers import BufferLayout
+from deepstitch.runtime.disaggregated.channel import Caller, connect
+from deepstitch.runtime.disaggregated.config import Address, Deadlines
+from deepstitch.runtime.disaggregated.errors import DisaggregationError, HandshakeRefused, PeerLost
+from deepstitch.runtime.disaggregated.messages import ModelIdentity, Release, Welcome
+from deepstitch.runtime.disaggregated.transport import TRANSPORTS, Importer, Span, open_importer
+
+__all__ = ["SCRATCH_BYTES", "Link"]
+
+_EVERYWHERE = ("0.0.0.0", "::")
+SCRATCH_BYTES = 64 << 10  # of the landing memory per link: where block generations are read to
+
+
+class Link:
+    """One encode process as the language side sees it.
+
+    Attributes:
+        caller: its control connection.
+        layout: of its pool.
+        epoch: of the process; another one after a restart.
+        lease: seconds it keeps a room that nobody speaks of.
+        rooms: attempts under way.
+    """
+
+    def __init__(self, caller: Caller, welcome: Welcome, importer: Importer, scratch: npt.NDArray[np.uint8]) -> None:
+        self.caller = caller
+        self.layout = _layout(welcome)
+        self.epoch = welcome.epoch
+        self.lease = welcome.lease_seconds
+        self.rooms = 0
+        self._importer = importer
+        words = 8 * (self.layout.num_blocks + self.layout.num_deepstack_blocks)
+        self._generations = scratch[:words]
+        self._one_reader = asyncio.Lock()
+        # a thread of its own: reads of one encoder that hangs must not hold up those of another
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._farewells: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    async def open(
+        cls,
+        address: Address,
+        *,
+        token: str,
+        identity: ModelIdentity,
+        deadlines: Deadlines,
+        memory: npt.NDArray[np.uint8],
+        scratch: npt.NDArray[np.uint8],
+        tls: ssl.SSLContext | None = None,
+    ) -> Link:
+        """Connect, and open the encode side's pool.
+
+        Args:
+            address: of the encode process.
+            token: the shared secret.
+            identity: of this side's bundle.
+            deadlines: seconds.
+            memory: the landing memory.
+            scratch: ``SCRATCH_BYTES`` of it for this link alone.
+            tls: context for TCP with TLS.
+
+        Raises:
+            DisaggregationError: no connection, or the two sides do not fit.
+        """
+        caller, welcome = await connect(
+            address, token=token, identity=identity, transports=TRANSPORTS, deadlines=deadlines, tls=tls
+        )
+        try:
+            if 8 * (welcome.num_blocks + welcome.num_deepstack_blocks) > len(scratch):
+                raise HandshakeRefused(f"{address}: more than {SCRATCH_BYTES // 8} blocks; use larger --block-tokens")
+            importer = await asyncio.get_running_loop().run_in_executor(
+                None, lambda: _importer(welcome, address, memory, tls)
+            )
+        except BaseException:
+            await caller.close()
+            raise
+        return cls(caller, welcome, importer, scratch)
+
+    async def read(self, spans: Sequence[Span], *, timeout: float) -> npt.NDArray[np.uint64]:
+        """Fill the spans, and read the generations of all blocks after that.
+
+        A failed read ends the link: after this has raised, nothing writes into the spans any more.
+
+        Returns:
+            ``(num_blocks + num_deepstack_blocks,)`` uint64.
+
+        Raises:
+            DisaggregationError: see :meth:`Importer.read`.
+        """
+        async with self._one_reader:
+            if self.caller.lost.done():
+                raise self.caller.lost.result()
+            loop = asyncio.get_running_loop()
+            reading = loop.run_in_executor(self._thread, self._read, spans, timeout)
+            either: set[asyncio.Future[Any]] = {reading, self.caller.lost}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():  # the process is gone: do not wait for the timeout of the transport
+                await self._close_importer()
+            try:
+                return await reading
+            except DisaggregationError as error:
+                await self._close_importer()
+                self.caller.fail(error)
+                raise self.caller.lost.result() from None  # the first reason: not that it was closed here because of it
+
+    def dismiss(self, message: Release) -> None:
+        """Send a release that nobody waits for."""
+
+        async def farewell() -> None:
+            with contextlib.suppress(DisaggregationError):
+                await self.caller.call(message)
+
+        if not self.caller.lost.done():
+            task = asyncio.get_running_loop().create_task(farewell())
+            self._farewells.add(task)
+            task.add_done_callback(self._farewells.discard)
+
+    async def close(self) -> None:
+        """End the connection; a read under way fails."""
+        self.caller.fail(PeerLost(f"{self.caller.address}: closed"))
+        await self._close_importer()
+        await self.caller.close()
+        await asyncio.gather(*self._farewells, return_exceptions=True)
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+
+    async def _close_importer(self) -> None:
+        """In a thread of its own: some engines take a second."""
+        await asyncio.get_running_loop().run_in_executor(None, self._importer.close)
+
+    def _read(self, spans: Sequence[Span], timeout: float) -> npt.NDArray[np.uint64]:
+        self._importer.read(spans, timeout=timeout)
+        self._importer.read([Span(0, self._generations)], timeout=timeout)
+        return self._generations.view(np.uint64).copy()
+
+
+def _importer(
+    welcome: Welcome, address: Address, memory: npt.NDArray[np.uint8], tls: ssl.SSLContext | None
+) -> Importer:
+    endpoint = dict(welcome.endpoint)
+    if endpoint.get("host") in _EVERYWHERE and address.host:  # what it listens at is not where it can be reached
+        endpoint["host"] = address.host
+    context = tls if welcome.transport == "tcp" else None
+    return open_importer(welcome.transport, endpoint, welcome.ticket, local=memory, context=context)
+
+
+def _layout(welcome: Welcome) -> BufferLayout:
+    return BufferLayout(
+        hidden_size=welcome.model.hidden_size,
+        num_deepstack=welcome.model.num_deepstack,
+        block_tokens=welcome.block_tokens,
+        num_blocks=welcome.num_blocks,
+        num_deepstack_blocks=welcome.num_deepstack_blocks,
+    )

@@ -1,0 +1,313 @@
+"""Encode side: one attempt of one request, from its acceptance until its blocks are free again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepstitch.errors import DeepstitchError
+from deepstitch.runtime.calls import RowTokens
+from deepstitch.runtime.disaggregated.buffers import BUFFERS, TOKEN_BUFFERS, Stamp
+from deepstitch.runtime.disaggregated.errors import (
+    DisaggregationError,
+    EncodeFailed,
+    ProtocolError,
+    RequestRefused,
+    StaleTransfer,
+)
+from deepstitch.runtime.disaggregated.faults import Faults
+from deepstitch.runtime.disaggregated.messages import (
+    Announcement,
+    EncodeRequest,
+    Item,
+    Message,
+    Pending,
+    Received,
+    Release,
+    Released,
+    RoomMessage,
+    TransferInit,
+    TransferReady,
+    TransferResume,
+)
+from deepstitch.runtime.disaggregated.pool import BlockPool, Grant
+from deepstitch.runtime.disaggregated.states import SENDER, Machine, SenderEvent, SenderState
+from deepstitch.runtime.preprocess import Prompt
+
+__all__ = ["EncodedPrompt", "Sender", "SenderTools"]
+
+_PATIENCE = 1.0  # seconds a reply may be held back, in the hope that it can be more than Pending
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrompt:
+    """What a request became.
+
+    Attributes:
+        prompt: ids and positions.
+        tokens: embeddings, made on demand, and DeepStack rows.
+        seconds: per stage.
+    """
+
+    prompt: Prompt
+    tokens: RowTokens
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SenderTools:
+    """What all rooms of an encode process share.
+
+    Attributes:
+        encode: prepares and encodes a request.
+        pool: blocks to send from.
+        epoch: of the process.
+        checksums: whether to sum what is sent.
+        faults: for tests.
+        finished: told the outcome of every room, and what it sent: bytes by ``initial`` or ``resumed``.
+    """
+
+    encode: Callable[[EncodeRequest], Awaitable[EncodedPrompt]]
+    pool: BlockPool
+    epoch: str
+    checksums: bool
+    faults: Faults
+    finished: Callable[[str, dict[str, int]], None]
+
+
+class Sender:
+    """A room.
+
+    Attributes:
+        machine: its state.
+        touched: when the language side last spoke of it, in seconds of the monotonic clock.
+    """
+
+    def __init__(self, tools: SenderTools, request: EncodeRequest, owner: str) -> None:
+        """Accept ``request`` and begin to encode it; ``owner`` is the name its blocks are held under."""
+        self.machine = Machine(SENDER, SenderState.BOOTSTRAPPING)
+        self.touched = time.monotonic()
+        self._tools = tools
+        self._owner = owner
+        self._room, self._attempt = request.room, request.attempt
+        self._encoded: EncodedPrompt | None = None
+        self._announcement: Announcement | None = None
+        self._failure: DisaggregationError = StaleTransfer("the room was released")
+        self._ready: TransferReady | None = None
+        self._start = self._received = 0
+        self._filling = False
+        self._sent = {"initial": 0, "resumed": 0}
+        self._news = asyncio.Event()
+        tools.faults.reached("encode.accepted")
+        self._task = asyncio.create_task(self._encode(request))
+
+    async def handle(self, message: RoomMessage) -> Message:
+        """The reply to a message about this room, the same again for the same message again.
+
+        Raises:
+            DisaggregationError: the room failed, or the message does not fit its state.
+        """
+        self.touched = time.monotonic()
+        if isinstance(message, EncodeRequest):
+            return await self._announce(message)
+        if isinstance(message, TransferInit):
+            return await self._transfer(message, 0, message.tokens)
+        if isinstance(message, TransferResume):
+            return await self._transfer(message, message.sent_tokens, message.tokens)
+        if isinstance(message, Received):
+            return self._confirm(message)
+        if isinstance(message, Release):
+            return self._release(message)
+        raise ProtocolError(f"{type(message).__name__} is not for the encode side")
+
+    def end(self, event: SenderEvent, reason: DisaggregationError) -> None:
+        """Give up: the peer is gone, or has not spoken of the room for too long."""
+        if not self.machine.terminal:
+            self._failure = reason
+            self._finish(event)
+
+    async def _announce(self, message: EncodeRequest) -> Message:
+        await self._settle(SenderState.BOOTSTRAPPING)
+        if self._announcement is None:
+            return Pending(seq=message.seq, room=self._room, attempt=self._attempt)
+        self._tools.faults.reached("encode.announced")
+        return self._announcement
+
+    async def _transfer(self, message: RoomMessage, start: int, tokens: int) -> Message:
+        state = self.machine.state
+        if self.machine.terminal:
+            raise self._failure
+        if start < self._received or (start > 0) != isinstance(message, TransferResume):
+            raise StaleTransfer(f"tokens from {start} on were received before; {self._received} are confirmed")
+        if state is SenderState.WAITING_FOR_INPUT and start == self._received:
+            self.machine.on(SenderEvent.INIT)
+            self._start, self._ready = start, None
+            self._task = asyncio.create_task(self._stage(start, tokens))
+        elif state not in (SenderState.STAGING, SenderState.TRANSFERRING) or start != self._start:
+            raise ProtocolError(f"a transfer from token {start} on was asked for in state {state.value!r}")
+        await self._settle(SenderState.STAGING)
+        if self._ready is None:
+            return Pending(seq=message.seq, room=self._room, attempt=self._attempt)
+        self._tools.faults.reached("encode.ready")
+        return self._ready
+
+    def _confirm(self, message: Received) -> Message:
+        if self.machine.terminal:
+            raise self._failure
+        if message.tokens > self._received:
+            ready = self._ready
+            if ready is None or message.tokens != ready.start + ready.count:
+                raise ProtocolError(f"{message.tokens} tokens confirmed that were not announced as ready")
+            self.machine.on(SenderEvent.RECEIVED)
+            self._received, self._ready = message.tokens, None
+            self._tools.pool.release(self._owner)
+            self._tools.faults.reached("encode.received")
+        return Released(seq=message.seq, room=self._room, attempt=self._attempt)
+
+    def _release(self, message: Release) -> Message:
+        if not self.machine.terminal:
+            done = not message.abandoned and self.machine.can(SenderEvent.RELEASE)
+            self._finish(SenderEvent.RELEASE if done else SenderEvent.ABANDON)
+            self._tools.faults.reached("encode.released")
+        return Released(seq=message.seq, room=self._room, attempt=self._attempt)
+
+    async def _settle(self, busy: SenderState) -> None:
+        """Wait a moment for ``busy`` to pass.
+
+        Raises:
+            DisaggregationError: the room failed.
+        """
+        if self.machine.state is busy:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._news.wait(), timeout=_PATIENCE)
+        if self.machine.terminal:
+            raise self._failure
+
+    async def _encode(self, request: EncodeRequest) -> None:
+        try:
+            encoded = await self._tools.encode(request)
+            self._tools.faults.reached("encode.encoded")
+        except DisaggregationError as error:
+            self._refuse(error)
+        except DeepstitchError as error:
+            self._refuse(RequestRefused(str(error)))
+        except Exception as error:  # a bug must not leave the other side waiting
+            self._refuse(EncodeFailed(f"the encoder failed: {type(error).__name__}: {error}"))
+        else:
+            if not self.machine.terminal:
+                self._encoded = encoded
+                self._announcement = self._sizes(encoded)
+                self._move(SenderEvent.ENCODED)
+
+    def _sizes(self, encoded: EncodedPrompt) -> Announcement:
+        prompt, vision = encoded.prompt, encoded.prompt.vision
+        grids: Any = vision.grid_thw.tolist() if vision else []
+        keys = vision.content_keys if vision else ()
+        return Announcement(
+            seq=0,
+            room=self._room,
+            attempt=self._attempt,
+            total_tokens=len(prompt.input_ids),
+            deepstack_rows=len(encoded.tokens.deepstack),
+            rope_delta=prompt.rope_delta,
+            items=tuple(Item(key=key, grid=tuple(grid)) for key, grid in zip(keys, grids, strict=True)),
+            seconds=encoded.seconds,
+        )
+
+    async def _stage(self, start: int, tokens: int) -> None:
+        """Wait for blocks, fill them, and say that they are ready."""
+        assert self._encoded is not None
+        pool, encoded = self._tools.pool, self._encoded
+        capacity = pool.tokens.total * pool.layout.block_tokens
+        count = min(tokens, len(encoded.prompt.input_ids) - start, capacity)
+        rows = len(encoded.tokens.deepstack) if start == 0 else 0
+        try:
+            pool.check_fits(count, rows, side="encode")
+            grant = await pool.acquire(self._owner, count, rows)
+            self._filling = True
+            self._tools.faults.reached("encode.staging")
+            ready = await asyncio.get_running_loop().run_in_executor(None, self._fill, encoded, grant, start, count)
+        except DisaggregationError as error:
+            self._refuse(error)
+        except Exception as error:
+            self._refuse(EncodeFailed(f"staging failed: {type(error).__name__}: {error}"))
+        else:
+            if self.machine.state is SenderState.STAGING:
+                self._ready = ready
+                self._sent["resumed" if start else "initial"] += self._bytes(ready)
+                self._tools.faults.reached("encode.staged")
+                self._move(SenderEvent.STAGED)
+        finally:
+            self._filling = False
+            if self.machine.state is not SenderState.TRANSFERRING:
+                pool.release(self._owner)  # ended meanwhile; not before the last write
+
+    def _fill(self, encoded: EncodedPrompt, grant: Grant, start: int, count: int) -> TransferReady:
+        """Write rows into blocks; in a worker thread."""
+        buffers, prompt = self._tools.pool.buffers, encoded.prompt
+        span = slice(start, start + count)
+        buffers.write_tokens(
+            grant.tokens, encoded.tokens.embeds[span], prompt.input_ids[span], prompt.position_ids[:, span]
+        )
+        stamp = Stamp(
+            total_tokens=len(prompt.input_ids),
+            rope_delta=prompt.rope_delta,
+            deepstack_rows=len(encoded.tokens.deepstack),
+            start=start,
+            tokens=count,
+            attempt=self._attempt,
+            room=self._room,
+            epoch=self._tools.epoch,
+        )
+        buffers.aux_datas[grant.tokens[0], 0] = stamp.to_row()
+        rows = 0
+        if start == 0:
+            rows = len(encoded.tokens.deepstack)
+            buffers.write_deepstack(grant.deepstack, encoded.tokens.deepstack)
+        checksums: tuple[int, ...] = ()
+        if self._tools.checksums:
+            summed = [buffers.checksum(name, grant.tokens, count) for name in TOKEN_BUFFERS]
+            summed.append(buffers.checksum(BUFFERS[3], grant.tokens[:1], 1))
+            checksums = (*summed, buffers.checksum(BUFFERS[4], grant.deepstack, rows))
+        return TransferReady(
+            seq=0,
+            room=self._room,
+            attempt=self._attempt,
+            start=start,
+            count=count,
+            blocks=grant.tokens,
+            deepstack_blocks=grant.deepstack,
+            generations=self._tools.pool.generations_of(grant),
+            checksums=checksums,
+        )
+
+    def _bytes(self, ready: TransferReady) -> int:
+        layout, encoded = self._tools.pool.layout, self._encoded
+        rows = len(encoded.tokens.deepstack) if encoded and ready.start == 0 else 0
+        tokens = sum(layout.row_bytes(name) for name in TOKEN_BUFFERS) * ready.count
+        return tokens + layout.row_bytes(BUFFERS[3]) + rows * layout.row_bytes(BUFFERS[4])
+
+    def _refuse(self, error: DisaggregationError) -> None:
+        if not self.machine.terminal:
+            self._failure = error
+            bootstrapping = self.machine.state is SenderState.BOOTSTRAPPING
+            self._finish(SenderEvent.ENCODE_FAILED if bootstrapping else SenderEvent.ABANDON)
+
+    def _move(self, event: SenderEvent) -> None:
+        self.machine.on(event)
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _finish(self, event: SenderEvent) -> None:
+        """Reach an end: nothing stays but the tombstone."""
+        self._move(event)
+        self._encoded = self._announcement = self._ready = None
+        if not self._filling:  # else the writer gives the blocks back
+            if self._task is not asyncio.current_task():
+                self._task.cancel()
+            self._tools.pool.release(self._owner)
+        self._tools.finished(self.machine.state.value, self._sent)

@@ -1,0 +1,80 @@
+"""What both servers need: a thread for compute, and the way errors of it look."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from deepstitch.errors import InputError
+
+__all__ = ["ComputeThread", "client_tls", "end_tasks", "server_tls"]
+
+Value = TypeVar("Value")
+
+
+class ComputeThread:
+    """One thread that computes in the order of the requests, so that the event loop never does."""
+
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self.waiting = 0
+
+    async def run(self, work: Callable[[], Value]) -> Value:
+        """Run ``work`` there; its exceptions are raised here. Cancelled before its turn, it does not run."""
+        self.waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        finally:
+            self.waiting -= 1
+
+    async def close(self) -> None:
+        """Let the running work end and drop the rest."""
+        await asyncio.get_running_loop().run_in_executor(
+            None, lambda: self._pool.shutdown(wait=True, cancel_futures=True)
+        )
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel until they have ended: a task that was just being woken can lose a cancellation."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=0.1)
+
+
+def server_tls(certificate: Path | None) -> ssl.SSLContext | None:
+    """Context of the encode side.
+
+    Raises:
+        InputError: the file is not a PEM certificate with its key.
+    """
+    if certificate is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _load(lambda: context.load_cert_chain(certificate), certificate, "a PEM certificate with its private key")
+    return context
+
+
+def client_tls(authority: Path | None) -> ssl.SSLContext | None:
+    """Context of the language side; it trusts only ``authority``.
+
+    Raises:
+        InputError: the file is not a PEM certificate.
+    """
+    if authority is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    _load(lambda: context.load_verify_locations(authority), authority, "a PEM certificate")
+    return context
+
+
+def _load(load: Callable[[], object], path: Path, kind: str) -> None:
+    try:
+        load()
+    except (OSError, ssl.SSLError) as error:
+        raise InputError(f"{path}: cannot be read as {kind} ({error})") from None
