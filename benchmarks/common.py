@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["machine", "run_child", "spread", "write_report"]
+__all__ = ["commit", "machine", "run_child", "spread", "write_report"]
 
 _PACKAGES = ("deepstitch", "torch", "transformers", "onnx", "onnxruntime", "numpy")
 
@@ -70,9 +70,18 @@ def run_child(arguments: list[str]) -> dict[str, Any]:
     return {"seconds": seconds, "peak_rss_bytes": peak, "stdout": stdout}
 
 
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The commit of the working tree of ``folder``, short, with ``+`` where tracked files differ; None without git."""
+    command = ["git", "--no-optional-locks", "-C", str(folder), "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def write_report(name: str, report: dict[str, Any], output: Path | None) -> None:
     """Print a report as JSON, and write it where asked."""
-    text = json.dumps({"benchmark": name, "machine": machine(), **report}, indent=1)
+    text = json.dumps({"benchmark": name, "commit": commit(), "machine": machine(), **report}, indent=1)
     sys.stdout.write(text + "\n")
     if output is not None:
         output.write_text(text + "\n", "utf-8")

@@ -5,12 +5,14 @@
 
 Random token ids go through the decoder as a prompt does. Reported per length and chunk (0: all at once): tokens per
 second, peak resident memory, what of it the bundle's files are (pages of weights in use, which the system can drop),
-and the bytes of the KV cache. ``--max-gib`` skips what would need more memory: a child over it is ended.
+the bytes of the KV cache, and the peak over those and the weights the decoder has to hold (its own and the token
+embedding; the vision encoder is not loaded). ``--max-gib`` skips what would need more memory: a child over it is ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -71,6 +73,20 @@ def run(given: argparse.Namespace, tokens: int, chunk: int) -> dict[str, Any]:
     return found
 
 
+def decoder_bytes(bundle: Path) -> int:
+    """Stored bytes of the decoder and the token embedding."""
+    from benchmarks.peers.traffic import tensor_bytes, text_bytes  # here: a child whose memory counts has no need of it
+
+    return text_bytes(tensor_bytes("deepstitch", "", {"bundle": str(bundle)}))
+
+
+def per_weights_and_kv(found: dict[str, Any], weights: int) -> dict[str, float]:
+    """Peak memory of a run over what it has to hold at least; nothing for a run that failed."""
+    return (
+        {"per_weights_and_kv": found["peak_rss"] / (weights + found["kv_cache_bytes"])} if "peak_rss" in found else {}
+    )
+
+
 def main() -> None:
     """Parse arguments, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,12 +102,11 @@ def main() -> None:
     if given.child:
         sys.stdout.write(json.dumps(child(given.bundle, *given.child, given.threads, given.packed_cache)))
         return
-    runs = [
-        {"tokens": tokens, "chunk": chunk, **run(given, tokens, chunk)}
-        for tokens in given.tokens
-        for chunk in given.chunk
-    ]
-    weights = sum(path.stat().st_size for path in given.bundle.rglob("*.safetensors"))
+    weights = decoder_bytes(given.bundle)
+    runs = []
+    for tokens, chunk in itertools.product(given.tokens, given.chunk):
+        found = run(given, tokens, chunk)
+        runs.append({"tokens": tokens, "chunk": chunk, **found, **per_weights_and_kv(found, weights)})
     settings = {"bundle": given.bundle.name, "weight_bytes": weights, "threads": given.threads}
     settings["packed_cache"] = given.packed_cache
     write_report("long_prompt", {**settings, "runs": runs}, given.output)

@@ -84,7 +84,8 @@ class Quantization:
     """How integer weights came about.
 
     Attributes:
-        method: ``rtn``, ``search`` or ``gptq``.
+        method: ``rtn``, ``search`` or ``gptq``, as carried out: eight bits alone are never searched. With ``gptq``, the
+            embedding table and the vision encoder, which no calibration prompt reaches, are by ``search``.
         calibration_tokens: tokens the method looked at; 0 without calibration.
         bits_per_weight: average over the integer weights, scales included.
         formats: by parameter name, e.g. ``int4/32``; see :class:`deepstitch.blockwise.WeightFormat`.

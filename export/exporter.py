@@ -158,7 +158,7 @@ def export_checkpoint(config: ExportConfig) -> Path:
                 weights="checkpoint" if config.by_reference else config.weights,
                 vision_weights=None if checkpoint.config.vision is None else config.vision,
                 quantization=work.facts() if work is not None else None,
-                command=_command(config),
+                command=_command(config, work),
                 versions=_versions(),
                 model=facts.model_facts(checkpoint, batched_continuation=target.batched_continuation),
                 vision=facts.vision_facts(checkpoint.config),
@@ -294,7 +294,7 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxruntime", "numpy")}
 
 
-def _command(config: ExportConfig) -> str:
+def _command(config: ExportConfig, work: QuantizationWork | None) -> str:
     """The equivalent command line; folders by name only, because a bundle travels."""
     words = [
         "deepstitch",
@@ -307,8 +307,8 @@ def _command(config: ExportConfig) -> str:
     ]
     words += ["--weights", config.weights] if not config.by_reference else ["--by-reference"]
     words += ["--vision-weights", config.vision_weights] if config.vision_weights else []
-    if config.weights in (*INTEGER_BITS, MIXED) or config.vision in INTEGER_BITS:
-        words += config.quantization.words()
+    if work is not None:
+        words += config.quantization.words(work.method)
     elif config.quantization.calibration is not None:
         words += ["--calibration", config.quantization.calibration.name]
     words += ["--kv-cache", config.kv_cache] if config.kv_cache != "fp32" else []

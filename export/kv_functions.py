@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import onnx
 
-from deepstitch.errors import UnsupportedError
+from deepstitch.errors import BundleError, UnsupportedError
 from deepstitch.export.functions import cached_attention, parse_functions
 from deepstitch.manifest import Graph
 
@@ -82,9 +82,19 @@ KV_CACHES: Mapping[str, CacheKind] = MappingProxyType(
 
 
 def kind_of_graph(decoder: Graph) -> CacheKind:
-    """The kind of cache that a bundle's decoder declares."""
-    (dtype,) = {spec.dtype for spec in decoder.inputs if spec.name.startswith("past_key_values.")}
-    return {kind.dtype: kind for kind in KV_CACHES.values()}[dtype]
+    """The kind of cache that a bundle's decoder declares.
+
+    Raises:
+        BundleError: not one of :data:`KV_CACHES`.
+    """
+    found = sorted({spec.dtype for spec in decoder.inputs if spec.name.startswith("past_key_values.")})
+    kinds = {kind.dtype: kind for kind in KV_CACHES.values()}
+    if len(found) != 1 or found[0] not in kinds:
+        raise BundleError(
+            f"manifest.json: past_key_values.* of {decoder.file}: dtype {' and '.join(found) or 'missing'}, must be "
+            f"one of {', '.join(kinds)} for all; export the checkpoint again with this version of deepstitch"
+        )
+    return kinds[found[0]]
 
 
 # PART_heads [B, Hkv, S, D] -> PART_stored, as it lies in the cache

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine
+from benchmarks.common import commit, machine
 from benchmarks.peers import traffic
 from benchmarks.peers.figures import Figure
 from benchmarks.peers.peers import PEERS, Candidate, Variant
@@ -211,6 +211,7 @@ class Session:
         cases = [self._summarised(case, bandwidth) for case in self._cases]
         return {
             "benchmark": "peers",
+            "commit": commit(),
             "machine": machine(),
             "threads": self._workshop.threads,
             "memory_bandwidth_bytes_per_second": bandwidth,

@@ -13,7 +13,7 @@ from benchmarks.peers.peers import Candidate, Variant
 from deepstitch.manifest import Manifest
 from deepstitch.tensorfile import TensorFile
 
-__all__ = ["annotate", "cache_bytes", "step_bytes", "tensor_bytes"]
+__all__ = ["annotate", "cache_bytes", "step_bytes", "tensor_bytes", "text_bytes"]
 
 _CACHE_BYTES = {
     "f32": 4.0,
@@ -35,11 +35,16 @@ def tensor_bytes(peer: str, variant: str, files: Mapping[str, str]) -> dict[str,
     if peer == "llama.cpp":
         return json.loads(Path(files["text"]).with_suffix(".json").read_text("utf-8"))
     if "bundle" in files:
-        path = Path(files["bundle"], "weights.safetensors")
-        return {entry.name: entry.nbytes for entry in TensorFile.open(path).values()}
+        paths = sorted(Path(files["bundle"]).rglob("*.safetensors"))  # by reference, the checkpoint's
+        return {entry.name: entry.nbytes for path in paths for entry in TensorFile.open(path).values()}
     path = Path(files["checkpoint"], "model.safetensors")
     factor = 2 if variant == "fp32" else 1  # stored as bfloat16
     return {entry.name: entry.nbytes * factor for entry in TensorFile.open(path).values()}
+
+
+def text_bytes(tensors: Mapping[str, int]) -> int:
+    """All tensors but those of the vision encoder: the decoder and its embedding."""
+    return sum(nbytes for name, nbytes in tensors.items() if not _VISION.search(name))
 
 
 def step_bytes(tensors: Mapping[str, int], text: Mapping[str, Any], *, tied: bool) -> float:
@@ -82,7 +87,7 @@ def annotate(case: Measured, figures: dict[str, dict[str, Any]], bandwidth: floa
         return {"file_bytes": _file_bytes(case)}
     tensors = tensor_bytes(case.peer, case.variant.name, case.files)
     weights = step_bytes(tensors, case.text, tied=case.tied)
-    text_bytes = sum(nbytes for name, nbytes in tensors.items() if not _VISION.search(name))
+    text = text_bytes(tensors)
     for name, figure in figures.items():
         kind = FIGURES[name].kind
         if kind not in ("decode", "memory"):
@@ -93,10 +98,10 @@ def annotate(case: Measured, figures: dict[str, dict[str, Any]], bandwidth: floa
             if bandwidth:
                 figure["bandwidth_share"] = (weights + cache) * figure["median"] / bandwidth
         else:
-            needed = (text_bytes + cache) / 2**20
+            needed = (text + cache) / 2**20
             figure["over_weights_and_cache"] = figure["median"] / needed
             figure["over_without_interpreter"] = (figure["median"] - figure["base_mib"]) / needed
-    return {"text_bytes": text_bytes, "file_bytes": _file_bytes(case), "step_weight_bytes": weights}
+    return {"text_bytes": text, "file_bytes": _file_bytes(case), "step_weight_bytes": weights}
 
 
 def _cache_dtype(case: Measured, figure: str) -> str:

@@ -6,8 +6,9 @@ program goes to HiGHS (Huangfu & Hall 2018) through ``scipy.optimize.milp``.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from deepstitch.errors import InputError
@@ -44,7 +45,7 @@ def parse_budget(text: str, sizes: Sizes, weights: int) -> int:
         weights: number of weights of all groups.
 
     Raises:
-        InputError: not a size, or less than the smallest choice takes.
+        InputError: not a size, less than the smallest choice takes, or more than the largest.
     """
     found = _SIZE.fullmatch(text.strip())
     if found is None:
@@ -52,13 +53,26 @@ def parse_budget(text: str, sizes: Sizes, weights: int) -> int:
     number, unit = float(found[1]), found[2].upper()
     budget = int(number * weights / 8) if unit.startswith("BIT") else int(number * _UNITS[unit])
     least, most = (sum(pick(by_bits.values()) for by_bits in sizes.values()) for pick in (min, max))
+    smallest, largest = (
+        _as_budget(size, weights, round_to) for size, round_to in ((least, math.ceil), (most, math.floor))
+    )
     if budget < least:
         raise InputError(
-            f"--budget {text}: the smallest choice takes {least / 1e6:,.1f} MB ({8 * least / weights:.2f} bits per "
-            f"weight), the largest {most / 1e6:,.1f} MB ({8 * most / weights:.2f} bits); give a size between them, "
+            f"--budget {text}: the smallest choice takes {smallest}, the largest {largest}; give a size between them, "
             "or a larger --block"
         )
+    if budget > most:
+        raise InputError(
+            f"--budget {text}: everything at the most bits takes less; give at most {largest}, or export with "
+            "--weights int8"
+        )
     return budget
+
+
+def _as_budget(nbytes: int, weights: int, round_to: Callable[[float], int]) -> str:
+    """A size in words that can be given as a budget: rounded to the side that is possible."""
+    megabytes, bits = round_to(nbytes / 1e4) / 100, round_to(800 * nbytes / weights) / 100
+    return f"{megabytes:.2f}MB ({bits:.2f}bits per weight)"
 
 
 def allocate(damages: Sensitivity, sizes: Sizes, budget: int) -> Allocation:

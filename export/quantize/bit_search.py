@@ -104,7 +104,7 @@ def search_bits(
             return measure(walk, sources, groups, formats, bar.update)
 
     work = identity({**origin, "block": asked.block, "symmetric": asked.symmetric, "bits": list(recipes)})
-    damages = load_or_measure(cache_file(work), take)
+    damages = load_or_measure(cache_file(work), sizes, take)
     return BitSearch(
         damages=damages,
         sizes=sizes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deepstitch.export.quantize.gptq import InputStatistics, gptq
-from deepstitch.export.quantize.recipe import Recipe, is_expert
+from deepstitch.export.quantize.recipe import Recipe, is_expert, matrix_shape
 from deepstitch.export.quantize.rounding import Quantized, round_to_nearest
 from deepstitch.export.quantize.store import QuantizedStore
 from deepstitch.export.quantize.walk import LayerWalk, QuantizedStack, StackedExperts
@@ -28,7 +28,6 @@ __all__ = ["Quantizer"]
 
 _UNIT = re.compile(r"^(.*\.(?:layers|blocks|deepstack_merger_list)\.\d+)\.")
 _PIECE = 1 << 26  # float32 bytes of a matrix read at a time
-_STATE = "hidden.state"
 Progress = Callable[[int], object]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,13 +44,8 @@ class _Unit:
         self.arrays |= {name + suffix: array for suffix, array in result.arrays().items()}
         self.progress(4 * result.numbers.numel())
 
-    def add_experts(self, name: str, results: Iterable[Quantized]) -> None:
-        stacks: dict[str, list[Any]] = {}
-        for result in results:
-            for suffix, array in result.arrays().items():
-                stacks.setdefault(suffix, []).append(array)
-            self.progress(4 * result.numbers.numel())
-        self.arrays |= {name + suffix: np.stack(parts) for suffix, parts in stacks.items()}
+    def add_experts(self, name: str, stack: QuantizedStack) -> None:
+        self.arrays |= {name + suffix: array for suffix, array in stack.arrays.items()}
 
 
 class Quantizer:
@@ -104,9 +98,10 @@ class Quantizer:
         for unit, names in self._units.items():
             if unit not in walked and unit != "lm_head.weight" and not self._store.has_unit(unit):
                 self._store.add_unit(unit, self._directly(names, progress))
-        if self._walk is not None and not all(self._store.has_unit(unit) for unit in walked):
-            self._run_walk(self._walk, walked, progress)
-        if "lm_head.weight" in self._units and not self._store.has_unit("lm_head.weight"):
+        head = "lm_head.weight" in self._units and not self._store.has_unit("lm_head.weight")
+        if self._walk is not None and (head or not all(self._store.has_unit(unit) for unit in walked)):
+            self._run_walk(self._walk, list(walked), progress)
+        if head:
             self._store.add_unit("lm_head.weight", self._head(progress))
 
     def _bytes(self, unit: str) -> int:
@@ -122,8 +117,7 @@ class Quantizer:
         unit = _Unit({}, progress)
         for name in names:
             if is_expert(name):
-                results = _in_threads(partial(self._round_expert, name), range(self._sources[name].shape[0]))
-                unit.add_experts(name, results)
+                unit.add_experts(name, self._round_experts(name, progress))
                 continue
             arrays = []
             for part in _in_threads(partial(self._round_rows, name), self._row_ranges(name)):
@@ -135,9 +129,18 @@ class Quantizer:
     def _round(self, name: str, weight: Tensor) -> Quantized:
         return round_to_nearest(weight, self._recipe.formats[name], search=self._method != "rtn")
 
-    def _round_expert(self, name: str, expert: int) -> Quantized:
-        weight = self._sources[name].read_float32(expert, expert + 1)[0].T
-        return self._round(name, torch.from_numpy(np.ascontiguousarray(weight)))
+    def _round_experts(self, name: str, progress: Progress) -> QuantizedStack:
+        source = self._sources[name]
+        stack = QuantizedStack(self._recipe.formats[name], matrix_shape(name, source.shape))
+
+        def rounded(expert: int) -> int:
+            weight = source.read_float32(expert, expert + 1)[0].T
+            stack.put(expert, self._round(name, torch.from_numpy(np.ascontiguousarray(weight))))
+            return 4 * weight.size
+
+        for done in _in_threads(rounded, range(len(stack))):
+            progress(done)
+        return stack
 
     def _round_rows(self, name: str, rows: range) -> Quantized:
         return self._round(name, self._read_rows(name, rows))
@@ -154,8 +157,6 @@ class Quantizer:
     def _head(self, progress: Progress) -> dict[str, Any]:
         if self._walk is None or self._method != "gptq":
             return self._directly(["lm_head.weight"], progress)
-        if not self._walk.hidden:
-            self._walk.load(self._state)
         statistics = InputStatistics(self._sources["lm_head.weight"].shape[1])
         for hidden in self._walk.final_hidden():
             statistics.add(hidden)
@@ -166,33 +167,43 @@ class Quantizer:
             progress(4 * part.numel())
         return {"lm_head.weight" + key: np.concatenate([each[key] for each in parts]) for key in parts[0]}
 
-    @property
-    def _state(self) -> Any:
-        return self._store.folder / _STATE
+    def _run_walk(self, walk: LayerWalk, units: Sequence[str], progress: Progress) -> None:
+        """Quantize the layers in turn, and leave the walk behind the last one.
 
-    def _run_walk(self, walk: LayerWalk, units: Mapping[str, int], progress: Progress) -> None:
-        finished = [index for unit, index in units.items() if self._store.has_unit(unit)]
-        first = max(finished, default=-1) + 1
-        if first:
-            walk.load(self._state)
+        The state in front of layer ``k + 1`` is on disk before layer ``k`` counts as finished, under a name of its
+        own, and the one in front of layer ``k`` goes afterwards: stopped anywhere, the state in front of the first
+        unfinished layer is there. Where it is not, because somebody removed it, the walk begins again.
+        """
+        first = next((index for index, unit in enumerate(units) if not self._store.has_unit(unit)), len(units))
+        if first and self._store.state(first).is_file():
+            walk.load(self._store.state(first))
         else:
+            first = 0
             walk.start()
-        for unit, index in list(units.items())[first:]:
+        for index, unit in list(enumerate(units))[first:]:
             with walk.layer(index) as layer:
-                arrays = _LayerQuantizer(self._recipe, walk, layer, f"{unit}.", progress).run()
+                shapes = {name: self._sources[name].shape for name in self._units[unit]}
+                arrays = _LayerQuantizer(self._recipe, shapes, walk, layer, f"{unit}.", progress).run()
                 walk.advance(index, walk.outputs(layer))
-            self._store.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self._state.with_suffix(".partial")
-            walk.save(temporary)
+            self._store.add_state(index + 1, walk.save)
             self._store.add_unit(unit, arrays)
-            temporary.replace(self._state)
+            self._store.remove_states(but=index + 1)
 
 
 class _LayerQuantizer:
     """One decoder layer with GPTQ: each weight sees inputs that come through the quantized ones before it."""
 
-    def __init__(self, recipe: Recipe, walk: LayerWalk, layer: nn.Module, prefix: str, progress: Progress) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        shapes: Mapping[str, tuple[int, ...]],
+        walk: LayerWalk,
+        layer: nn.Module,
+        prefix: str,
+        progress: Progress,
+    ) -> None:
         self._formats = recipe.formats
+        self._shapes = shapes
         self._walk = walk
         self._layer = layer
         self._prefix = prefix
@@ -236,24 +247,26 @@ class _LayerQuantizer:
         with torch.no_grad():
             _, chosen = ops.select_experts(mlp.gate(tokens), mlp.top_k, mlp.norm_topk_prob)
         source: Any = mlp.experts
-        first: list[Quantized] = []
-        second: list[Quantized] = []
+        first, second = (self._stack(name) for name in names)
 
-        def quantize(expert: int) -> tuple[Quantized, Quantized]:
+        def quantize(expert: int) -> int:
             routed = tokens[(chosen == expert).any(-1)]
             gate_up = _gptq(source.gate_up_proj[expert].T.contiguous(), self._formats[names[0]], routed)
+            first.put(expert, gate_up)
             activated = ops.swiglu(routed @ gate_up.dequantized().T)
-            return gate_up, _gptq(source.down_proj[expert].T.contiguous(), self._formats[names[1]], activated)
+            down = _gptq(source.down_proj[expert].T.contiguous(), self._formats[names[1]], activated)
+            second.put(expert, down)
+            return 4 * (gate_up.numbers.numel() + down.numbers.numel())
 
-        for gate_up, down in _in_threads(quantize, range(len(source.gate_up_proj))):
-            self._unit.progress(4 * (gate_up.numbers.numel() + down.numbers.numel()))
-            first.append(gate_up)
-            second.append(down)
-        stacked = _Unit({}, lambda _: None)
-        for name, results in zip(names, (first, second), strict=True):
-            stacked.add_experts(name, results)
-        self._unit.arrays |= stacked.arrays
-        mlp.experts = StackedExperts(QuantizedStack(first), QuantizedStack(second))  # type: ignore[assignment]
+        for done in _in_threads(quantize, range(len(first))):
+            self._unit.progress(done)
+        for name, stack in zip(names, (first, second), strict=True):
+            self._unit.add_experts(name, stack)
+        mlp.experts = StackedExperts(first, second)  # type: ignore[assignment]
+
+    def _stack(self, name: str) -> QuantizedStack:
+        """Room for all experts; packed one by one, they are the only part of the layer that is held whole."""
+        return QuantizedStack(self._formats[name], matrix_shape(name, self._shapes[name]))
 
 
 def _in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

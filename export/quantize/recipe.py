@@ -17,6 +17,7 @@ __all__ = ["BLOCKS", "INTEGER_BITS", "Group", "Recipe", "block_for", "decoder_gr
 INTEGER_BITS: Mapping[str, int] = MappingProxyType({"int8": 8, "int4": 4})
 BLOCKS = (32, 64, 128)
 _SMALLEST_BLOCK = 16  # MatMulNBits; QMoE too
+_VISION = "model.visual."
 _EXPERTS = re.compile(r"\.mlp\.experts\.(gate_up|down)_proj$")
 _LINEAR = re.compile(
     r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight$|lm_head\.weight$|embed_tokens\.weight$"
@@ -57,8 +58,8 @@ def block_for(name: str, shape: tuple[int, ...], wanted: int) -> int:
         block //= 2
     if block < _SMALLEST_BLOCK:
         raise UnsupportedError(
-            f"'{name}' has {width} inputs, which no block of {_SMALLEST_BLOCK} or more divides; "
-            "export this model with --weights fp16"
+            f"'{name}' has {width} inputs, which no block of {_SMALLEST_BLOCK} or more divides; export this model with "
+            f"{'--vision-weights' if name.startswith(_VISION) else '--weights'} fp16"
         )
     return block
 
@@ -80,7 +81,7 @@ def decoder_groups(names: Iterable[str]) -> tuple[Group, ...]:
     """Group the quantizable parameters of the language side."""
     members: dict[str, list[str]] = {}
     for name in names:
-        if _EXPERTS.search(name) or (_LINEAR.search(name) and not name.startswith("model.visual.")):
+        if _EXPERTS.search(name) or (_LINEAR.search(name) and not name.startswith(_VISION)):
             members.setdefault(_group_name(name), []).append(name)
     return tuple(Group(name=name, parameters=tuple(parameters)) for name, parameters in members.items())
 

@@ -132,23 +132,19 @@ def nearest(blocks: Tensor, grid: Grid, stored: WeightFormat) -> Quantized:
     return Quantized(grid.round(blocks, stored.largest).to(torch.uint8), grid.scale, zero_points, stored)
 
 
-def round_to_nearest(
-    weight: Tensor, stored: WeightFormat, *, search: bool = True, importance: Tensor | None = None
-) -> Quantized:
+def round_to_nearest(weight: Tensor, stored: WeightFormat, *, search: bool = True) -> Quantized:
     """Quantize a matrix ``[N, K]`` row by row, without regard to how errors of different columns add up.
 
     Args:
         weight: float32.
         stored: the format; ``block`` divides K.
         search: look for the best scale of each block; else it covers the whole range. Eight bits need no search.
-        importance: ``[K]`` weight of each column's error.
     """
     blocks = weight.unflatten(-1, (-1, stored.block))
-    shaped = None if importance is None else importance.view(-1, stored.block)
     if not search or stored.bits == 8:
         return nearest(blocks, whole_range(blocks, stored), stored)
     rows = max(1, _PIECE // weight.shape[-1])
-    parts = [nearest(part, search_grid(part, stored, shaped), stored) for part in blocks.split(rows)]
+    parts = [nearest(part, search_grid(part, stored), stored) for part in blocks.split(rows)]
     zero_points = [part.zero_points for part in parts if part.zero_points is not None]
     return Quantized(
         torch.cat([part.numbers for part in parts]),

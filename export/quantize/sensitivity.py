@@ -8,6 +8,7 @@ of different groups are taken to add up.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from deepstitch.blockwise import WeightFormat
 from deepstitch.export.quantize.recipe import Group, is_expert
-from deepstitch.export.quantize.rounding import Quantized, round_to_nearest
+from deepstitch.export.quantize.rounding import round_to_nearest
 from deepstitch.export.quantize.walk import ExpertStack, LayerWalk, QuantizedStack, StackedExperts
 from deepstitch.models.checkpoint import WeightSource
+from deepstitch.runtime.verify import cache_folder
 
 __all__ = ["Sensitivity", "cache_file", "load_or_measure", "measure"]
 
@@ -32,22 +34,38 @@ _ROWS = 4096  # of the vocabulary at a time
 
 
 def cache_file(work: str) -> Path:
-    """Where a measurement is kept: the user's cache folder (XDG_CACHE_HOME)."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "deepstitch" / f"sensitivity-{work}.json"
+    """Where a measurement is kept: the user's cache folder."""
+    return cache_folder() / f"sensitivity-{work}.json"
 
 
-def load_or_measure(path: Path, take: Callable[[], Sensitivity]) -> Sensitivity:
-    """Read an earlier measurement; else take and keep it."""
-    if path.is_file():
-        raw = json.loads(path.read_text("utf-8"))
-        return {group: {int(bits): damage for bits, damage in found.items()} for group, found in raw.items()}
+def load_or_measure(path: Path, wanted: Mapping[str, Iterable[int]], take: Callable[[], Sensitivity]) -> Sensitivity:
+    """Read an earlier measurement; take and keep it where there is none, or none that can be used.
+
+    Args:
+        path: the file, see :func:`cache_file`.
+        wanted: bits by group, what a measurement must hold.
+        take: measures.
+    """
+    earlier = _read(path, wanted)
+    if earlier is not None:
+        return earlier
     found = take()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(found), "utf-8")
     temporary.replace(path)
     return found
+
+
+def _read(path: Path, wanted: Mapping[str, Iterable[int]]) -> Sensitivity | None:
+    """An earlier measurement; None where the file is missing, damaged or of something else."""
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        found = {group: {bits: float(raw[group][str(bits)]) for bits in widths} for group, widths in wanted.items()}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    finite = all(math.isfinite(damage) for by_bits in found.values() for damage in by_bits.values())
+    return found if finite and raw.keys() == found.keys() else None
 
 
 def measure(
@@ -119,25 +137,29 @@ def _rounded(layer: nn.Module, prefix: str, group: Group, formats: Mapping[str, 
             for name in sorted(group.parameters, key=lambda name: name.endswith("down_proj"))
         ]
         modules["mlp"].experts = StackedExperts(*stacks)
-        yield
-        modules["mlp"].experts = experts
+        try:
+            yield
+        finally:
+            modules["mlp"].experts = experts
         return
     weights = {name: modules[name.removeprefix(prefix).removesuffix(".weight")].weight for name in group.parameters}
     kept = {name: weight.detach().clone() for name, weight in weights.items()}
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(round_to_nearest(weight.detach(), formats[name]).dequantized())
-    yield
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(kept[name])
+    try:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(round_to_nearest(weight.detach(), formats[name]).dequantized())
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(kept[name])
 
 
 def _round_stack(stack: ExpertStack, stored: WeightFormat) -> QuantizedStack:
-    results: list[Quantized] = []
+    rounded = QuantizedStack(stored, (len(stack), *stack[0].T.shape))
     for expert in range(len(stack)):
-        results.append(round_to_nearest(stack[expert].T.contiguous(), stored))
-    return QuantizedStack(results)
+        rounded.put(expert, round_to_nearest(stack[expert].T.contiguous(), stored))
+    return rounded
 
 
 def _table_damage(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class QuantizedStore:
             output: the bundle folder to come.
             work: see :func:`identity`.
         """
-        self.folder = output.absolute().parent / f".{output.name}.quantize-{work}"
+        self._stem = f".{output.name}.quantize-"
+        self.folder = output.absolute().parent / f"{self._stem}{work}"
         self._entries: dict[str, TensorEntry] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             self._entries.update(TensorFile.open(path))
@@ -55,6 +57,34 @@ class QuantizedStore:
         safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
         temporary.replace(path)
         self._entries.update(TensorFile.open(path))
+
+    def state(self, layer: int) -> Path:
+        """Where the hidden states in front of a layer are kept; the file exists only for one or two layers."""
+        return self.folder / f"hidden.{layer}.state"
+
+    def add_state(self, layer: int, save: Callable[[Path], object]) -> None:
+        """Keep the hidden states in front of a layer.
+
+        Args:
+            layer: its index; one more than the last for those behind it.
+            save: writes them to a path.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.state(layer).with_suffix(".partial")
+        save(temporary)
+        temporary.replace(self.state(layer))
+
+    def remove_states(self, *, but: int) -> None:
+        """Delete all hidden states but those in front of one layer."""
+        for path in self.folder.glob("hidden.*.state"):
+            if path != self.state(but):
+                path.unlink()
+
+    def others(self) -> dict[Path, int]:
+        """Folders that exports to the same place with other flags have begun and not finished, and their bytes."""
+        pattern = f"{glob.escape(self._stem)}*"
+        folders = [path for path in sorted(self.folder.parent.glob(pattern)) if path != self.folder and path.is_dir()]
+        return {path: sum(each.stat().st_size for each in path.iterdir()) for path in folders}
 
     def remove(self) -> None:
         """Delete the folder; the bundle has everything."""

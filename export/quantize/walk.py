@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from deepstitch.blockwise import WeightFormat, dequantize, unpack_zero_points
 from deepstitch.export.quantize.rounding import Quantized
 from deepstitch.models.build import build_model
 from deepstitch.models.checkpoint import WeightSource
@@ -37,16 +38,44 @@ class ExpertStack:
 
 
 class QuantizedStack:
-    """One weight of all experts as the quantized model has it, indexed like :class:`ExpertStack`."""
+    """One weight of all experts as the quantized model has it, indexed like :class:`ExpertStack`.
 
-    def __init__(self, results: Sequence[Quantized]) -> None:
-        self._results = results
+    Experts are packed one by one as they come, in any order and from any thread.
+
+    Attributes:
+        arrays: packed, by suffix of the parameter's name: values ``""``, ``".scales"`` and, if the format has them,
+            ``".zero_points"``.
+    """
+
+    def __init__(self, stored: WeightFormat, shape: tuple[int, ...]) -> None:
+        """Make room.
+
+        Args:
+            stored: the format.
+            shape: ``[E, N, K]``.
+        """
+        self._stored = stored
+        self.arrays: dict[str, npt.NDArray[Any]] = {
+            "": np.empty(stored.values_shape(shape), np.uint8),
+            ".scales": np.empty(stored.scales_shape(shape), np.float32),
+        }
+        if not stored.symmetric:
+            self.arrays[".zero_points"] = np.empty(stored.zero_points_shape(shape), np.uint8)
+
+    def put(self, expert: int, result: Quantized) -> None:
+        """Pack one expert ``[N, K]``."""
+        for suffix, array in result.arrays().items():
+            self.arrays[suffix][expert] = array
 
     def __len__(self) -> int:
-        return len(self._results)
+        return len(self.arrays[".scales"])
 
     def __getitem__(self, expert: int) -> Tensor:
-        return self._results[expert].dequantized().T
+        scales = self.arrays[".scales"][expert]
+        zero_points = None
+        if not self._stored.symmetric:
+            zero_points = unpack_zero_points(self.arrays[".zero_points"][expert], scales.shape, self._stored.bits)
+        return torch.from_numpy(dequantize(self.arrays[""][expert], scales, zero_points, self._stored)).T
 
 
 Stack = ExpertStack | QuantizedStack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from deepstitch.errors import ConfigError, InputError, UnsupportedError, did_you
 from deepstitch.export.quantize.calibration import CalibrationSet
 from deepstitch.export.quantize.recipe import BLOCKS, INTEGER_BITS, Recipe
 from deepstitch.export.quantize.store import QuantizedStore, identity
-from deepstitch.manifest import Quantization
+from deepstitch.export.writer import COPIED_FILES
+from deepstitch.manifest import Quantization, file_sha256
 from deepstitch.models.checkpoint import Checkpoint, WeightSource
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "MIXED", "QuantizationConfig", "QuantizationWork", "quantization_work"]
 
+_GENERATION_CONFIG = "generation_config.json"  # says how answers are sampled, which no calibration prompt is
 MIXED = "mixed"
 METHODS = ("rtn", "search", "gptq")
 
@@ -44,7 +47,7 @@ class QuantizationConfig:
             largest smaller block that does.
         symmetric: no zero points.
         method: ``rtn`` (round to nearest), ``search`` (scale of least squared error) or ``gptq``; None: ``gptq`` with a
-            calibration set, else ``search``.
+            calibration set, else ``search``. Only the decoder is calibrated; see :meth:`method_for`.
         calibration: JSON Lines file of conversations, see
             :class:`deepstitch.export.quantize.calibration.CalibrationSet`.
         budget: for ``mixed``, what the integer weights may take: bytes (``"9GB"``, ``"700MB"``) or an average
@@ -78,7 +81,8 @@ class QuantizationConfig:
             ConfigError: calibration or budget without integers.
             InputError: ``mixed`` without calibration or budget.
         """
-        integers = weights == MIXED or weights in INTEGER_BITS or vision_weights in INTEGER_BITS
+        decoder = weights == MIXED or weights in INTEGER_BITS
+        integers = decoder or vision_weights in INTEGER_BITS
         if calibrated_cache and self.calibration is None:
             raise InputError(
                 "--kv-cache int8 and int4 take their scales from what your prompts put into the cache: pass "
@@ -92,6 +96,12 @@ class QuantizationConfig:
                 f"--weights {weights}: --block, --asymmetric, --method, --calibration and --budget are for int8, int4 "
                 "and mixed"
             )
+        if integers and not decoder and (self.method == "gptq" or (self.calibration and not calibrated_cache)):
+            raise ConfigError(
+                f"--vision-weights {vision_weights}: the vision encoder is rounded from its weights alone, and "
+                f"--weights {weights} leaves nothing to calibrate; leave out --calibration and --method gptq, or give "
+                "--weights int8, int4 or mixed"
+            )
         if weights == MIXED and (self.budget is None or self.calibration is None):
             raise InputError(
                 "--weights mixed chooses bit widths by what they cost on your prompts: pass --calibration FILE and a "
@@ -100,14 +110,24 @@ class QuantizationConfig:
         if weights != MIXED and self.budget is not None:
             raise ConfigError("--budget is for --weights mixed")
 
-    @property
-    def chosen_method(self) -> str:
-        """The method, where none was named too."""
-        return self.method or ("gptq" if self.calibration is not None else "search")
+    def method_for(self, weights: str, recipe: Recipe) -> str:
+        """The method that carries out a recipe, where none was named too.
 
-    def words(self) -> list[str]:
-        """As on the command line."""
-        words = ["--block", str(self.block), "--method", self.chosen_method]
+        Eight bits are not searched: a recipe of nothing else is ``rtn``. Under ``gptq``, what no prompt reaches on its
+        way through the layers (the embedding table, the vision encoder) is rounded by ``search``.
+
+        Args:
+            weights: of the decoder.
+            recipe: what becomes what.
+        """
+        calibrated = self.calibration is not None and (weights == MIXED or weights in INTEGER_BITS)
+        method = self.method or ("gptq" if calibrated else "search")
+        searched = any(stored.bits < max(INTEGER_BITS.values()) for stored in recipe.formats.values())
+        return "rtn" if method == "search" and not searched else method
+
+    def words(self, method: str) -> list[str]:
+        """As on the command line, with the method that was used."""
+        words = ["--block", str(self.block), "--method", method]
         words += [] if self.symmetric else ["--asymmetric"]
         words += ["--calibration", self.calibration.name] if self.calibration else []
         return words + (["--budget", self.budget] if self.budget else [])
@@ -120,6 +140,7 @@ class QuantizationWork:
     Attributes:
         recipe: which parameter becomes what.
         store: where the integers are kept until the bundle has them.
+        method: see :meth:`QuantizationConfig.method_for`.
         search: how ``mixed`` chose, else None.
     """
 
@@ -137,6 +158,8 @@ class QuantizationWork:
         from deepstitch.export.quantize.quantizer import Quantizer
         from deepstitch.export.quantize.walk import LayerWalk
 
+        if self.progress:
+            self._name_others()
         walk = None
         if self.method == "gptq" and self.calibration is not None:
             walk = LayerWalk(self.checkpoint.config, self.sources, self.calibration.prompts)
@@ -150,6 +173,17 @@ class QuantizationWork:
             disable=None if self.progress else True,
         ) as bar:
             quantizer.run(bar.update)
+
+    def _name_others(self) -> None:
+        """Before new work takes its space: name what exports with other flags have left."""
+        if self.store.folder.exists():
+            return
+        for folder, nbytes in self.store.others().items():
+            tqdm.write(
+                f"{folder}: an interrupted export with other flags left {nbytes / 1e6:,.1f} MB there; remove the "
+                "folder if you do not want to resume that export",
+                file=sys.stderr,
+            )
 
     def facts(self) -> Quantization:
         """For the manifest."""
@@ -168,17 +202,21 @@ def quantization_work(
     """Decide the format of every parameter; None where no integers were asked for.
 
     Raises:
+        ConfigError: integers for a vision encoder that the model does not have.
         UnsupportedError: no block size fits a parameter.
         InputError: the calibration set or the budget cannot be used.
     """
     asked = config.quantization
-    vision_bits = INTEGER_BITS.get(config.vision) if checkpoint.config.vision is not None else None
+    vision_bits = INTEGER_BITS.get(config.vision)
+    if vision_bits is not None and checkpoint.config.vision is None:
+        raise ConfigError(f"--vision-weights {config.vision}: this model has no vision encoder; leave the flag out")
     if config.weights not in (*INTEGER_BITS, MIXED) and vision_bits is None:
         return None
     calibration = CalibrationSet.open(asked.calibration, checkpoint) if asked.calibration is not None else None
     origin = {
         "deepstitch": deepstitch.__version__,
         "shards": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files],
+        "files": {path.name: file_sha256(path) for path in _settings(checkpoint.folder)},
         "layout": config.expert_layout,
         "calibration": calibration.digest if calibration is not None else None,
     }
@@ -190,17 +228,24 @@ def quantization_work(
         search = search_bits(asked, checkpoint, sources, calibration, origin, progress=config.progress)
     recipe = _recipe(config, sources, search, vision_bits)
     formats = {name: str(stored) for name, stored in recipe.formats.items()}
-    work = identity({**origin, "method": asked.chosen_method, "formats": formats})
+    method = asked.method_for(config.weights, recipe)
+    work = identity({**origin, "method": method, "formats": formats})
     return QuantizationWork(
         recipe=recipe,
         store=QuantizedStore(config.output, work),
-        method=asked.chosen_method,
+        method=method,
         checkpoint=checkpoint,
         sources=sources,
         calibration=calibration,
         search=search,
         progress=config.progress,
     )
+
+
+def _settings(folder: Path) -> list[Path]:
+    """Files that decide what the calibration prompts look like in the layers: config, tokenizer, template, pictures."""
+    names = (name for name in COPIED_FILES if name != _GENERATION_CONFIG)
+    return [path for name in names if (path := folder / name).is_file()]
 
 
 def _recipe(

@@ -21,6 +21,8 @@ from deepstitch.export.quantize import bit_search
 from deepstitch.export.quantize.allocation import allocate, parse_budget
 from deepstitch.export.quantize.calibration import CalibrationSet
 from deepstitch.export.quantize.quantizer import Quantizer
+from deepstitch.export.quantize.recipe import Recipe, decoder_groups
+from deepstitch.export.quantize.sensitivity import _rounded, load_or_measure
 from deepstitch.export.quantize.store import QuantizedStore
 from deepstitch.export.quantize.walk import LayerWalk
 from deepstitch.manifest import Manifest
@@ -157,10 +159,67 @@ class TestMixed:
         sizes = {"a": {4: 500_000, 8: 900_000}}
         assert parse_budget("0.7MB", sizes, 800_000) == 700_000
         assert parse_budget("8 bits", sizes, 800_000) == 800_000
-        with pytest.raises(InputError, match=r"smallest choice takes 0\.5 MB"):
+        with pytest.raises(InputError, match=r"smallest choice takes 0\.50MB \(5\.00bits"):
             parse_budget("100KB", sizes, 800_000)
+        assert parse_budget("9bits", sizes, 800_000) == 900_000, "all at 8 bits is a choice too"
+        with pytest.raises(InputError, match=r"give at most 0\.90MB \(9\.00bits per weight\), or .* --weights int8"):
+            parse_budget("1GB", sizes, 800_000)
+        uneven = {"a": {4: 500_001, 8: 899_999}}
+        for text, named in (("1KB", "0.51MB"), ("1KB", "5.01bits"), ("1GB", "0.89MB"), ("1GB", "8.99bits")):
+            with pytest.raises(InputError, match=named):
+                parse_budget(text, uneven, 800_000)
+            parse_budget(named, uneven, 800_000)  # what the message names is accepted
         with pytest.raises(InputError, match="such as 9GB"):
             parse_budget("lots", sizes, 800_000)
+
+    @pytest.mark.parametrize("budget", ["2bits", "1KB", "20bits", "1GB"])
+    def test_a_budget_out_of_reach(
+        self,
+        budget: str,
+        checkpoints: Callable[..., Any],
+        conversations: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(bit_search, "measure", _must_not_run)
+        monkeypatch.setattr(Quantizer, "run", _must_not_run)
+        folder = str(checkpoints("qwen3_vl_moe").folder)
+        flags = ["--weights", "mixed", "--budget", budget, "--calibration", str(conversations), "--quiet"]
+        assert main(["export", folder, "-o", str(tmp_path / "bundle"), *flags]) == 2
+        assert f"--budget {budget}: " in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        "text",
+        ["", "{", "[]", "{}", '{"a": {"4": 1}}', '{"a": {"4": 1, "8": null}}', '{"a": {"4": NaN, "8": 1}}', '{"a": 1}'],
+    )
+    def test_a_damaged_measurement_is_taken_again(self, text: str, tmp_path: Path) -> None:
+        path = tmp_path / "cache" / "sensitivity.json"
+        path.parent.mkdir()
+        path.write_text(text, "utf-8")
+        wanted = {"a": (4, 8)}
+        assert load_or_measure(path, wanted, lambda: {"a": {4: 0.5, 8: 0.25}}) == {"a": {4: 0.5, 8: 0.25}}
+        assert load_or_measure(path, wanted, _must_not_run) == {"a": {4: 0.5, 8: 0.25}}  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("kind", ["attention.out", "experts"])
+    def test_a_failed_measurement_leaves_the_weights(self, kind: str, checkpoints: Callable[..., Any]) -> None:
+        checkpoint = checkpoints("qwen3_moe")
+        sources = checkpoint.sources()
+        group = next(each for each in decoder_groups(sources) if each.name == f"layers.1.{kind}")
+        formats = Recipe.uniform(sources, bits=4, vision_bits=None, block=32, symmetric=True).formats
+        walk = LayerWalk(checkpoint.config, sources, ())
+        with walk.layer(1) as layer:
+
+            def weights() -> list[torch.Tensor]:
+                mlp: Any = layer.mlp
+                return [*(each.detach().clone() for each in layer.parameters()), mlp.experts.down_proj[0]]
+
+            before = weights()
+            with pytest.raises(MemoryError), _rounded(layer, walk.layer_prefix(1), group, formats):
+                assert any(not torch.equal(a, b) for a, b in zip(weights(), before, strict=True))
+                raise MemoryError
+            assert all(torch.equal(a, b) for a, b in zip(weights(), before, strict=True))
 
     def test_a_mixed_bundle(
         self, checkpoints: Callable[..., Any], conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

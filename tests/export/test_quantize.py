@@ -14,16 +14,22 @@ import torch
 
 from deepstitch.blockwise import WeightFormat, dequantize, pack, unpack, unpack_zero_points
 from deepstitch.cli import main
-from deepstitch.errors import ConfigError, InputError, UnsupportedError
+from deepstitch.errors import BundleError, ConfigError, InputError, UnsupportedError
 from deepstitch.export import ExportConfig, QuantizationConfig, export_checkpoint
 from deepstitch.export.compare.comparison import compare_bundle
+from deepstitch.export.kv_functions import kind_of_graph
 from deepstitch.export.passes import moe_to_ort
 from deepstitch.export.quantize import stored as stored_module
 from deepstitch.export.quantize.gptq import InputStatistics, gptq
+from deepstitch.export.quantize.recipe import Recipe, block_for
 from deepstitch.export.quantize.rounding import round_to_nearest
+from deepstitch.export.quantize.walk import QuantizedStack
+from deepstitch.manifest import Graph, TensorSpec
 from deepstitch.models.checkpoint import Checkpoint
 from deepstitch.runtime.bundle import Bundle
 from deepstitch.runtime.embedding import EmbeddingTable
+
+from .. import tiny
 
 FORMATS = [
     WeightFormat(bits=bits, block=block, symmetric=symmetric)
@@ -110,6 +116,16 @@ class TestRounding:
             for result in (round_to_nearest(weight, stored), gptq(weight, stored, statistics))
         ]
         assert errors[1] < 0.3 * errors[0]
+
+    @pytest.mark.parametrize("stored", FORMATS, ids=str)
+    def test_packed_experts_mean_the_same(self, stored: WeightFormat, weight: torch.Tensor) -> None:
+        results = [round_to_nearest(expert, stored) for expert in (weight, -2 * weight)]
+        stack = QuantizedStack(stored, (2, *weight.shape))
+        for expert in (1, 0):
+            stack.put(expert, results[expert])
+        for expert, result in enumerate(results):
+            assert torch.equal(stack[expert], result.dequantized().T)
+            assert all(np.array_equal(stack.arrays[suffix][expert], part) for suffix, part in result.arrays().items())
 
     def test_an_expert_without_tokens_is_rounded(self, weight: torch.Tensor) -> None:
         stored = FORMATS[1]
@@ -235,6 +251,11 @@ BAD = [
     ({"weights": "int4", "quantization": {"budget": "9GB"}}, "--weights mixed"),
     ({"weights": "int4", "vision_weights": "mixed"}, "--vision-weights mixed"),
     ({"weights": "int4", "by_reference": True}, "--by-reference"),
+    ({"vision_weights": "int4", "quantization": {"calibration": Path("a")}}, "--weights fp32 leaves nothing to calibr"),
+    (
+        {"weights": "fp16", "vision_weights": "int8", "quantization": {"calibration": Path("a"), "method": "gptq"}},
+        "--weights fp16 leaves nothing to calibr",
+    ),
 ]
 
 
@@ -252,8 +273,94 @@ def test_widths_that_no_block_divides(
     folder = str(checkpoints("qwen3_vl_moe").folder)
     flags = ["--weights", "int4", "--vision-weights", "int8", "-o", str(tmp_path / "b"), "--quiet"]
     assert main(["export", folder, *flags]) == 2
-    assert "linear_fc2.weight' has 56 inputs" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "linear_fc2.weight' has 56 inputs" in message and "export this model with --vision-weights fp16" in message
     assert not list(tmp_path.iterdir())
+    with pytest.raises(
+        UnsupportedError, match=r"down_proj.weight' has 88 inputs, .* export this model with --weights fp16"
+    ):
+        block_for("model.layers.0.mlp.down_proj.weight", (64, 88), 32)
+
+
+METHODS = [
+    ("int4", {}, (4,), "search"),
+    ("int8", {}, (8,), "rtn"),  # eight bits are not searched
+    ("int8", {"method": "search"}, (8,), "rtn"),
+    ("int8", {"method": "search"}, (8, 4), "search"),
+    ("int4", {"method": "rtn"}, (4,), "rtn"),
+    ("int8", {"calibration": Path("a")}, (8,), "gptq"),
+    ("mixed", {"calibration": Path("a"), "budget": "6bits"}, (8, 4), "gptq"),
+    ("mixed", {"calibration": Path("a"), "budget": "6bits", "method": "search"}, (8, 4), "search"),
+    ("fp32", {"calibration": Path("a")}, (4,), "search"),  # the calibration set is for the KV cache
+    ("fp32", {"calibration": Path("a")}, (8,), "rtn"),
+]
+
+
+@pytest.mark.parametrize(("weights", "asked", "bits", "done"), METHODS)
+def test_the_method_on_record_is_what_was_done(
+    weights: str, asked: dict[str, Any], bits: tuple[int, ...], done: str
+) -> None:
+    recipe = Recipe({str(width): WeightFormat(bits=width, block=32) for width in bits})
+    assert QuantizationConfig(**asked).method_for(weights, recipe) == done
+
+
+@pytest.fixture(scope="module")
+def even_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The usual one, with a vision encoder whose widths a block divides."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.VISION, "intermediate_size", 64)
+        return Checkpoint.open(tiny.write_tiny_checkpoint(tmp_path_factory.mktemp("even")))
+
+
+class TestVisionEncoder:
+    @pytest.mark.parametrize(("bits", "method"), [("int8", "rtn"), ("int4", "search")])
+    @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
+    def test_alone(
+        self, bits: str, method: str, target: str, even_checkpoint: Checkpoint, export: Callable[..., Any]
+    ) -> None:
+        bundle = Bundle.open(export(even_checkpoint, target=target, vision_weights=bits).bundle)
+        found = compare_bundle(bundle, progress=False)
+        assert found.passed, [result for result in found.results if not result.passed]
+        if target == "portable":
+            assert max(result.max_rel for result in found.results if result.stage != "weights") < 1e-4
+        quantization = bundle.manifest.quantization
+        assert quantization is not None and quantization.method == method and quantization.calibration_tokens == 0
+        assert all(name.startswith("model.visual.") for name in quantization.formats)
+        assert {text.split("/")[0] for text in quantization.formats.values()} == {bits}
+        assert f"--method {method}" in bundle.manifest.command
+        graph = onnx.load(bundle.folder / "vision_encoder.onnx", load_external_data=False).graph
+        kernels = sum(node.op_type in ("MatMulNBits", "DequantizeLinear") for node in graph.node)
+        assert kernels == len(quantization.formats) == 4 * 4 + 2 + 3 * 2
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
+def test_large_blocks(block: int, target: str, export: Callable[..., Any], checkpoints: Callable[..., Any]) -> None:
+    widths = {"hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 2}
+    exported = export(
+        checkpoints("qwen3_moe", **widths), target=target, weights="int4", **integers(block=block, symmetric=False)
+    )
+    bundle = Bundle.open(exported.bundle)
+    assert bundle.manifest.quantization is not None
+    assert set(bundle.manifest.quantization.formats.values()) == {f"int4/{block}+zp"}
+    found = compare_bundle(bundle, progress=False)
+    assert found.passed, [result for result in found.results if not result.passed]
+    if target == "portable":
+        assert max(result.max_rel for result in found.results if result.stage != "weights") < 1e-4
+
+
+def decoder_with_cache(*dtypes: str) -> Graph:
+    inputs = tuple(TensorSpec(name=f"past_key_values.{i}.key", dtype=dtype, shape=()) for i, dtype in enumerate(dtypes))
+    return Graph(file="decoder.onnx", opset=23, nodes=1, inputs=inputs, outputs=())
+
+
+def test_kinds_of_cache_that_are_none() -> None:
+    assert kind_of_graph(decoder_with_cache("uint8", "uint8")).name == "int4"
+    for dtypes, words in ((("int16",), "int16"), (("int8", "uint8"), "int8 and uint8"), ((), "missing")):
+        with pytest.raises(
+            BundleError, match=rf"decoder.onnx: dtype {words}, must be one of float32, .* export the che"
+        ):
+            kind_of_graph(decoder_with_cache(*dtypes))
 
 
 def test_disk_space_is_not_taken_twice_for_long(export: Callable[..., Any], checkpoints: Callable[..., Any]) -> None:

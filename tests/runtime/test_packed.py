@@ -46,6 +46,16 @@ def test_packed_once_and_the_same_answers(tiny_bundle, pictures, cache, written)
     assert sorted(path.name for path in cache.glob("packed/*/*")) == ["decoder.onnx", "vision_encoder.onnx"]
 
 
+def test_integer_weights_packed_and_the_same_answers(sample_bundle, pictures, cache, written):
+    bundle = sample_bundle(weights="int4")
+    asked = {"images": pictures[:1], "max_tokens": 8}
+    plain = deepstitch.load(bundle, threads=1).generate("what?", **asked)
+    for _ in range(2):
+        pipeline = deepstitch.load(bundle, threads=1, packed_cache=True)
+        assert pipeline.generate("what?", **asked).token_ids == plain.token_ids
+    assert sorted(written) == ["decoder.onnx", "vision_encoder.onnx"]
+
+
 def test_nothing_is_packed_unless_asked_for(plain_bundle, cache, written):
     deepstitch.load(plain_bundle, threads=1)
     assert not written and not (cache / "packed").exists()
