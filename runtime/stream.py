@@ -29,6 +29,12 @@ class TextStream(Iterator[str]):
         self._end()
         raise StopIteration
 
+    def tokens(self) -> Iterator[str]:
+        """The text of every token as it is chosen, often empty: for who needs a say between two tokens."""
+        for piece in self._pieces:
+            yield piece.text
+        self._end()
+
     @property
     def result(self) -> Result:
         """The whole answer; what is not written yet is written now."""

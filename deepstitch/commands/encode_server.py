@@ -40,6 +40,9 @@ __all__ = ["command"]
 )
 @click.option("--http", metavar="ADDRESS", help="Serve /health and /metrics at a port, host:port or unix:/path.")
 @click.option("--max-requests", type=COUNT, default=256, help="Requests held at a time; more are refused as busy.")
+@click.option(
+    "--request-mib", type=COUNT, default=1024, help="Memory for pictures not yet encoded and features not yet read."
+)
 @seconds("--lease-seconds", 60.0, "Forget a request its language process has not spoken of for so long.")
 @click.option(
     "--checksums/--no-checksums",
@@ -86,6 +89,7 @@ def _config(bundle: Path, listen: str, options: dict[str, Any]) -> EncodeConfig:
         pool=pool_config(options),
         deadlines=Deadlines(lease=options["lease_seconds"]),
         max_requests=options["max_requests"],
+        request_bytes=options["request_mib"] << 20,
         threads=options["threads"],
         encoder_cache_bytes=cache_bytes(options),
         tls_certificate=options["tls_certificate"],

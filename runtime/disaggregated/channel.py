@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from deepstitch.errors import InputError
 from deepstitch.runtime.disaggregated.config import Address, Deadlines
 from deepstitch.runtime.disaggregated.errors import (
     DisaggregationError,
@@ -39,6 +40,7 @@ from deepstitch.runtime.disaggregated.messages import (
 )
 from deepstitch.runtime.disaggregated.service import end_tasks
 from deepstitch.runtime.disaggregated.socket_path import short_path
+from deepstitch.runtime.disaggregated.transport.sockets import keep_alive
 
 __all__ = ["Caller", "connect", "receive", "send", "welcome"]
 
@@ -73,7 +75,10 @@ async def welcome(
     identity: ModelIdentity,
     answer: Callable[[Hello, str, ModelIdentity], Welcome],
 ) -> Hello:
-    """Encode side of the handshake: nothing is told to who has not proved to have the token.
+    """Encode side of the handshake.
+
+    Who has not proved to have the token is told the protocol's version, the epoch of this process, and why it is
+    refused; nothing about the model or the pool.
 
     Args:
         reader: of a new connection.
@@ -123,6 +128,7 @@ async def connect(
         PeerLost: nobody listens there, or the connection ended.
         PeerHung: no answer in time.
         HandshakeRefused: the two sides do not fit.
+        InputError: no such address can be.
     """
     try:
         return await asyncio.wait_for(
@@ -132,6 +138,8 @@ async def connect(
         raise PeerHung(f"{address}: no answer within {deadlines.connect:g} s") from None
     except (OSError, ssl.SSLError) as error:
         raise PeerLost(f"{address}: cannot connect ({error}); is the encode process running?") from None
+    except ValueError as error:  # UnicodeError of a host name among them
+        raise InputError(f"{address}: no address to connect to ({error})") from None
 
 
 async def _connect(
@@ -147,6 +155,7 @@ async def _connect(
             reader, writer = await asyncio.open_unix_connection(path)
     else:
         reader, writer = await asyncio.open_connection(address.host, address.port, ssl=tls)
+        keep_alive(writer.get_extra_info("socket"))
     try:
         challenge = await receive(reader, HANDSHAKE_LIMIT)
         if not isinstance(challenge, Challenge):

@@ -29,7 +29,7 @@ class Address(NamedTuple):
         if text.startswith("unix:") and len(text) > len("unix:"):
             return cls(path=text[len("unix:") :])
         host, colon, port = text.removeprefix("tcp://").rpartition(":")
-        if text.startswith("tcp://") and host and colon and port.isdigit() and int(port) < 1 << 16:
+        if text.startswith("tcp://") and host and colon and port.isascii() and port.isdigit() and int(port) < 1 << 16:
             return cls(host=host.strip("[]"), port=int(port))
         raise InputError(f"address {text!r}: expected unix:/path/to/socket or tcp://host:port")
 
@@ -97,6 +97,8 @@ class EncodeConfig:
         transport: how the pool is read; None: ``shm`` behind a socket file, else ``tcp``.
         token: shared with the language processes; needed with TCP.
         max_requests: rooms held at a time; more are refused as busy.
+        request_bytes: of pictures that wait to be encoded and of features that wait to be read; beyond it, requests are
+            refused as busy, and none is encoded before others have been read.
         threads: of the vision encoder.
         tls_certificate: PEM with certificate and key: TLS on the control connection and the ``tcp`` transport.
         faults: for tests, see :mod:`deepstitch.runtime.disaggregated.faults`.
@@ -109,6 +111,7 @@ class EncodeConfig:
     pool: PoolConfig = field(default_factory=PoolConfig)
     deadlines: Deadlines = field(default_factory=Deadlines)
     max_requests: int = 256
+    request_bytes: int = 1 << 30
     threads: int | None = None
     encoder_cache_bytes: int = 256 << 20
     tls_certificate: Path | None = None
@@ -123,6 +126,11 @@ class EncodeConfig:
             raise InputError(f"{self.listen}: a TCP port needs a shared token; pass --token-file FILE")
         if self.tls_certificate is not None and self.listen.path:
             raise InputError("TLS needs a TCP address; leave the certificate out, or listen at tcp://host:port")
+        if self.tls_certificate is not None and self.chosen_transport != "tcp":
+            raise InputError(
+                f"transport {self.chosen_transport} does not encrypt what it moves; leave the certificate out, "
+                "or use transport tcp"
+            )
 
     @property
     def chosen_transport(self) -> str:
@@ -141,7 +149,7 @@ class LanguageConfig:
         token: as at the encoders.
         local_encoder: load the vision encoder too, for when no encode process answers.
         max_requests: requests admitted at a time; more are refused as busy.
-        max_running: requests that share the decoder, one token each in turn.
+        max_running: requests that share the decoder, one token each in turn; a prompt goes in at once.
         threads: of the decoder.
         tls_authority: PEM of the certificate that encoders must show; None: no TLS.
     """

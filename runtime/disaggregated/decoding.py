@@ -1,4 +1,7 @@
-"""The decoder of a language process: requests take turns, one token each."""
+"""The decoder of a language process: requests take turns, one token each.
+
+A prompt goes in at once: while a long one is read, the answers of others wait.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,14 @@ class DecoderLoop:
     """A thread that owns the decoder.
 
     Attributes:
-        waiting: requests that have not begun.
+        steps: tokens chosen so far; while this grows, the decoder works.
     """
 
     def __init__(self, max_running: int) -> None:
         """``max_running`` requests hold a KV cache at a time."""
+        self.steps = 0
         self._max_running = max_running
+        self._waiting: set[Job] = set()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
@@ -50,7 +55,7 @@ class DecoderLoop:
     @property
     def waiting(self) -> int:
         """Requests that have not begun."""
-        return self._jobs.qsize()
+        return len(self._waiting)
 
     async def run(self, begin: Callable[[], TextStream]) -> AsyncGenerator[str | Result, None]:
         """Pieces of text, then the result. Closing the iterator ends the answer where it is."""
@@ -61,6 +66,7 @@ class DecoderLoop:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         job = Job(begin=begin, tell=tell)
+        self._waiting.add(job)
         self._jobs.put(job)
         try:
             while True:
@@ -72,6 +78,7 @@ class DecoderLoop:
                     return
         finally:
             job.cancelled.set()
+            self._waiting.discard(job)
 
     async def close(self) -> None:
         """End the thread; what runs is cut off."""
@@ -86,9 +93,16 @@ class DecoderLoop:
                 job = self._jobs.get()
                 if job is None:
                     break
+                self._waiting.discard(job)
                 running.append((job, _steps(job)))
-            running = [(job, steps) for job, steps in running if next(steps, _DONE) is not _DONE]
+            running = [(job, steps) for job, steps in running if self._step(steps)]
         self._end([job for job, _ in running])
+
+    def _step(self, steps: Iterator[None]) -> bool:
+        """Whether there is more to come."""
+        more = next(steps, _DONE) is not _DONE
+        self.steps += more
+        return more
 
     def _end(self, running: list[Job]) -> None:
         """Tell everybody who still waits."""
@@ -103,15 +117,16 @@ _DONE = object()
 
 
 def _steps(job: Job) -> Iterator[None]:
-    """Write an answer, one piece per step; never raises."""
+    """Write an answer, one token per step; never raises."""
     if job.cancelled.is_set():
         return
     try:
         stream = job.begin()
-        for piece in stream:
+        for text in stream.tokens():
             if job.cancelled.is_set():
                 return
-            job.tell(piece)
+            if text:
+                job.tell(text)
             yield
         job.tell(stream.result)
     except BaseException as error:  # the thread serves others

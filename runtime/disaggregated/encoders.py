@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from deepstitch.errors import DeepstitchError, InputError
+from deepstitch.errors import InputError
 from deepstitch.runtime.disaggregated.config import Address, LanguageConfig
 from deepstitch.runtime.disaggregated.conn_multimodal.link import SCRATCH_BYTES, Link
 from deepstitch.runtime.disaggregated.errors import DisaggregationError, HandshakeRefused
@@ -58,6 +58,7 @@ class Encoders:
         self._tls: ssl.SSLContext | None = None
         self._links: dict[Address, Link] = {}
         self._keepers: dict[Address, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()  # those keepers, and others that are about to end
         self._scratch = list(range(MAX_ENCODERS))
         self._watcher: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -83,7 +84,7 @@ class Encoders:
 
     async def stop(self) -> None:
         """End all connections."""
-        await end_tasks([*self._keepers.values(), *([self._watcher] if self._watcher else [])])
+        await end_tasks([*self._tasks, *([self._watcher] if self._watcher else [])])
 
     @property
     def connected(self) -> dict[Address, Link]:
@@ -92,14 +93,18 @@ class Encoders:
 
     def pick(self, tried: set[Address]) -> Link | None:
         """The link with the fewest requests, one that was not tried before where there is one."""
-        alive = {address: link for address, link in self._links.items() if not link.caller.lost.done()}
-        links = [link for address, link in alive.items() if address not in tried] or list(alive.values())
-        return min(links, key=lambda link: link.rooms, default=None)
+        return self.pick_new(tried) or self.pick_new(set())
+
+    def pick_new(self, tried: set[Address]) -> Link | None:
+        """As :meth:`pick`, but none where all were tried."""
+        alive = [link for address, link in self._links.items() if address not in tried and not link.caller.lost.done()]
+        return min(alive, key=lambda link: link.rooms, default=None)
 
     async def wait_for_change(self, timeout: float) -> None:
         """Return when an encoder has come or gone, or after ``timeout`` seconds."""
+        changed = self._changed  # now: wait_for may begin later, after the change, and would wait for the next one
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._news(), timeout)
+            await asyncio.wait_for(changed.wait(), timeout)
 
     async def _news(self) -> None:
         await self._changed.wait()
@@ -116,7 +121,9 @@ class Encoders:
             self._keepers.pop(address).cancel()
         for address in addresses:
             if address not in self._keepers:
-                self._keepers[address] = asyncio.create_task(self._keep(address))
+                task = self._keepers[address] = asyncio.create_task(self._keep(address))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
 
     async def _watch(self, registry: Path) -> None:
         """Follow the registry file; while it cannot be read, what was read last holds."""
@@ -146,13 +153,14 @@ class Encoders:
                     self.problems[address], pause = error, _REFUSED_PAUSE
                 except DisaggregationError as error:
                     self.problems[address] = error
-                except DeepstitchError as error:  # a transport that is not installed here
+                except Exception as error:  # no address, a transport that is not installed here or does not start
                     self.problems[address], pause = HandshakeRefused(f"{address}: {error}"), _REFUSED_PAUSE
                 self._tell()
                 await asyncio.sleep(pause)
         finally:
-            self.problems.pop(address, None)
-            self._metrics.forget("encoder_up", address=str(address))
+            if self._keepers.get(address) in (None, asyncio.current_task()):  # else there is a newer one
+                self.problems.pop(address, None)
+                self._metrics.forget("encoder_up", address=str(address))
             self._scratch.append(slot)
             self._tell()
 
@@ -172,5 +180,6 @@ class Encoders:
             self._tell()
             raise await asyncio.shield(link.caller.lost)
         finally:
-            self._links.pop(address, None)
+            if self._links.get(address) is link:
+                del self._links[address]
             await link.close()

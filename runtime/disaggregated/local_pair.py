@@ -6,10 +6,10 @@ They talk through sockets in a private folder, end when this process does, howev
 from __future__ import annotations
 
 import contextlib
-import os
 import selectors
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,8 +29,10 @@ __all__ = ["LocalPair"]
 _MAX_FOLDER = 60  # letters; the path of a socket may have about a hundred
 _STOP_SECONDS = 10.0
 _GRIEF_SECONDS = 0.5  # between a broken connection and the news of a death
+_LOOK_SECONDS, _HANG_SECONDS = 1.0, 10.0  # how often it is asked whether it lives, and how long it may take
 _LAST_WORDS = 400
-_PROGRAM = "import sys; from deepstitch.cli import main; sys.exit(main())"
+# -c would look for modules in the current folder first
+_PROGRAM = "import sys; sys.path[:] = filter(None, sys.path); from deepstitch.cli import main; sys.exit(main())"
 
 
 class LocalPair:
@@ -54,6 +56,7 @@ class LocalPair:
         self._children: list[_Child] = []
         self._stream: PairStream | None = None
         self._folder: Path | None = None
+        self._hung: str | None = None
         self._closing = threading.Event()
         self._undo = contextlib.ExitStack()
         self.load_seconds = 0.0
@@ -75,6 +78,7 @@ class LocalPair:
         self.load_seconds = time.monotonic() - began
         for child in self._children:
             threading.Thread(target=self._watch, args=(child,), daemon=True).start()
+        threading.Thread(target=self._attend, args=(f"{self._folder}/h",), daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -88,7 +92,7 @@ class LocalPair:
             PeerLost: one of the processes is gone.
         """
         assert self._folder is not None
-        if (dead := self._dead()) is not None:
+        if (dead := self._dead() or self._hung) is not None:
             raise PeerLost(dead)
         self._stream = PairStream(
             str(self._folder / "h"), request, load_seconds=self.load_seconds, explain=self._explain
@@ -100,7 +104,7 @@ class LocalPair:
         self._closing.set()
         if self._stream is not None:
             self._stream.close()
-        deadline = time.monotonic() + _STOP_SECONDS
+        deadline = time.monotonic() + (0 if self._hung else _STOP_SECONDS)
         for child in reversed(self._children):  # the one that asks first, so that it does not look for the other
             child.end(deadline)
         self._children = []
@@ -141,10 +145,27 @@ class LocalPair:
             return
         stream.interrupt()
 
+    def _attend(self, path: str) -> None:
+        """In a thread: one that is stopped, or hangs, does not die; the encode process is attended to by the other."""
+        while not self._closing.wait(_LOOK_SECONDS):
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                    connection.settimeout(_HANG_SECONDS)
+                    connection.connect(path)
+                    connection.sendall(b"GET /v1/models HTTP/1.0\r\n\r\n")
+                    connection.recv(1)
+            except TimeoutError:
+                self._hung = f"the language process has not answered for {_HANG_SECONDS:g} s"
+                if self._stream is not None:
+                    self._stream.interrupt()
+                return
+            except OSError:  # it has died, or is just ending
+                continue
+
     def _explain(self) -> str | None:
         """Who died, if somebody did; for a request that broke off."""
         deadline = time.monotonic() + _GRIEF_SECONDS
-        while (dead := self._dead()) is None and time.monotonic() < deadline:
+        while (dead := self._dead() or self._hung) is None and time.monotonic() < deadline:
             time.sleep(0.01)
         return dead
 
@@ -168,8 +189,6 @@ class _Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                # -c would look for modules in the current folder first
-                env={**os.environ, "PYTHONSAFEPATH": "1"},
                 start_new_session=True,  # Ctrl-C is for this process, which then ends the others
             )
         assert self.process.stdout is not None

@@ -37,6 +37,7 @@ __all__ = [
     "Welcome",
     "decode",
     "encode",
+    "seq_of",
 ]
 
 PROTOCOL_VERSION = 1
@@ -63,12 +64,18 @@ class ModelIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         checkpoint: fingerprint of the weights both bundles were exported from; empty where a bundle has none.
         embedding: hash of rows of the token embedding, as they come out of the bundle's table.
         tokenizer: sha256 of tokenizer.json.
+        chat_template: hash of the files that say how messages become text.
+        preprocessing: hash of the files that say how pictures become patches.
+        merge_size: patches per token along height and width; 0 where a bundle reads text only.
     """
 
     model_type: Text
     checkpoint: Hex
     embedding: Hex
     tokenizer: Hex
+    chat_template: Hex
+    preprocessing: Hex
+    merge_size: Count
     hidden_size: Positive
     num_deepstack: Count
     vocab_size: Positive
@@ -240,6 +247,12 @@ AnyMessage = (
 Kind = TypeVar("Kind", bound=Message)
 
 
+class _Numbered(Struct):
+    """What all messages have; other fields are passed over."""
+
+    seq: Seq
+
+
 def encode(message: Message) -> bytes:
     """Bytes of one message."""
     return msgspec.msgpack.encode(message)
@@ -255,3 +268,11 @@ def decode(data: bytes | memoryview) -> Any:
         return msgspec.msgpack.decode(data, type=AnyMessage)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a valid message: {error}") from None
+
+
+def seq_of(data: bytes | memoryview) -> int | None:
+    """The number of something that is no message of this version, so that it can be refused; None: it has none."""
+    try:
+        return msgspec.msgpack.decode(data, type=_Numbered).seq
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None

@@ -51,7 +51,6 @@ _TABLE = {
     "requests_waiting": Metric("gauge", "Requests admitted that nothing works on yet"),
     "blocks_free": Metric("gauge", "Blocks of the pool nobody owns, by what they hold", ("kind",)),
     "blocks_total": Metric("gauge", "Blocks of the pool, by what they hold", ("kind",)),
-    "blocks_quarantined": Metric("gauge", "Blocks that a failed read may still write into", ("kind",)),
     "leases": Metric("gauge", "Requests whose blocks a peer may be reading"),
     "encoder_up": Metric("gauge", "1 where the encode process answers", ("address",)),
     "cache_hits_total": Metric("counter", "Pictures and clips whose features were there"),

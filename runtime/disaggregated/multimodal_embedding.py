@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import dataclasses
 import json
-import logging
-import secrets
-import socket
 import time
 import uuid
 from collections import OrderedDict
@@ -18,28 +15,31 @@ import msgspec
 
 from deepstitch.errors import BundleError
 from deepstitch.runtime.bundle import VISION_ENCODER, Bundle
-from deepstitch.runtime.disaggregated.channel import receive, send, welcome
 from deepstitch.runtime.disaggregated.config import EncodeConfig
-from deepstitch.runtime.disaggregated.conn_multimodal.sender import EncodedPrompt, Sender, SenderTools
+from deepstitch.runtime.disaggregated.conn_multimodal.sender import (
+    EncodedPrompt,
+    Sender,
+    SenderTools,
+    request_bytes,
+)
 from deepstitch.runtime.disaggregated.errors import (
     DisaggregationError,
     EncodeFailed,
     PeerBusy,
     PeerLost,
     ProtocolError,
+    RequestRefused,
+    RequestTooLarge,
     StaleTransfer,
 )
 from deepstitch.runtime.disaggregated.faults import Faults
-from deepstitch.runtime.disaggregated.framing import REQUEST_LIMIT
+from deepstitch.runtime.disaggregated.guests import Guest, listen
 from deepstitch.runtime.disaggregated.identity import model_identity
-from deepstitch.runtime.disaggregated.listening import bound_socket
+from deepstitch.runtime.disaggregated.listening import SocketFile, bound_socket
 from deepstitch.runtime.disaggregated.messages import (
     EncodeRequest,
-    Failure,
     Hello,
     ModelIdentity,
-    Ping,
-    Pong,
     Release,
     Released,
     RoomMessage,
@@ -48,17 +48,18 @@ from deepstitch.runtime.disaggregated.messages import (
 from deepstitch.runtime.disaggregated.metrics import Metrics
 from deepstitch.runtime.disaggregated.pool import BlockPool, layout_for
 from deepstitch.runtime.disaggregated.service import ComputeThread, end_tasks, server_tls
-from deepstitch.runtime.disaggregated.states import SenderEvent
+from deepstitch.runtime.disaggregated.states import SenderEvent, SenderState
 from deepstitch.runtime.disaggregated.transport import Exporter, open_exporter
 from deepstitch.runtime.embedding import EmbeddingTable, merge
 from deepstitch.runtime.encoder_cache import EncoderCache
 from deepstitch.runtime.engine.ort import OrtEngine
 from deepstitch.runtime.parts import ModelParts
-from deepstitch.runtime.preprocess import Processor
+from deepstitch.runtime.preprocess import Processor, VisionBatch
 
 __all__ = ["EncodeServer"]
 
 _TOMBSTONES = 4096
+_FULL_PAUSE = 0.02
 _HEALTH_SECONDS = 10.0
 _HEALTH_PIXELS = 64
 
@@ -87,6 +88,8 @@ class EncodeServer:
         self._server: asyncio.AbstractServer | None = None
         self._exporter: Exporter | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._file: SocketFile | None = None
+        self._turn = asyncio.Lock()
 
     async def start(self) -> None:
         """Load the bundle and listen.
@@ -95,6 +98,7 @@ class EncodeServer:
             DeepstitchError: the bundle cannot be used, or the address is taken.
         """
         listening = bound_socket(self.config.listen)
+        self._file = SocketFile.of(self.config.listen)
         try:
             self._parts = await self._compute.run(lambda: _load(self.config))
             model = self._parts.engine.bundle.manifest.model
@@ -112,14 +116,15 @@ class EncodeServer:
                 faults=self._faults,
                 finished=self._finished,
             )
-            self._server = await self._listen(listening)
+            self._server = await listen(self._serve, listening, tls=self._tls, handshake=self.config.deadlines.connect)
+            if not self.config.listen.path:
+                self.address = self.config.listen._replace(port=listening.getsockname()[1])
         except BaseException:
             listening.close()
             await self.stop()
             raise
         self._sweeper = asyncio.create_task(self._sweep())
-        self.metrics.gauge("rooms", lambda: len(self._rooms))
-        self._pool.report(self.metrics)
+        self._report()
 
     async def stop(self) -> None:
         """End connections and rooms, and free everything; may be called twice."""
@@ -129,9 +134,9 @@ class EncodeServer:
         await self._compute.close()
         if self._exporter is not None:
             self._exporter.close()
-        if self.config.listen.path and self._server is not None:
-            Path(self.config.listen.path).unlink(missing_ok=True)
-        self._server = None
+        if self._file is not None:
+            self._file.remove()
+        self._server = self._file = None
 
     @property
     def pool(self) -> BlockPool:
@@ -142,6 +147,11 @@ class EncodeServer:
     def idle(self) -> bool:
         """No request is here, and no block is held."""
         return not self._rooms and self._pool.idle
+
+    @property
+    def waiting(self) -> int:
+        """Requests ahead of a new one."""
+        return self._in_state(SenderState.BOOTSTRAPPING)
 
     @property
     def encoded(self) -> int:
@@ -169,60 +179,46 @@ class EncodeServer:
             raise EncodeFailed(f"a small picture was not encoded within {_HEALTH_SECONDS:g} s") from None
         return {"encoded_rows": rows, "seconds": time.monotonic() - began, "rooms": len(self._rooms)}
 
+    def _report(self) -> None:
+        """Show what is here."""
+        self.metrics.gauge("rooms", lambda: len(self._rooms))
+        self.metrics.gauge("connections", lambda: len(self._peers))
+        self.metrics.gauge("requests_waiting", lambda: self.waiting)
+        self.metrics.gauge("leases", lambda: self._in_state(SenderState.TRANSFERRING))
+        self._pool.report(self.metrics)
+
     def _open_exporter(self, nbytes: int) -> Exporter:
         name, listen = self.config.chosen_transport, self.config.listen
         where = str(Path(listen.path).parent) if name == "shm" else listen.host or "127.0.0.1"
         return open_exporter(name, nbytes, where=where, context=self._tls if name == "tcp" else None)
-
-    async def _listen(self, listening: socket.socket) -> asyncio.AbstractServer:
-        if self.config.listen.path:
-            return await asyncio.start_unix_server(self._serve, sock=listening)
-        server = await asyncio.start_server(self._serve, sock=listening, ssl=self._tls)
-        self.address = self.config.listen._replace(port=listening.getsockname()[1])
-        return server
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One language process, from its connection to its end."""
         task = asyncio.current_task()
         assert task is not None and self._exporter is not None
         self._peers.add(task)
-        peer, ticket = uuid.uuid4().hex, secrets.token_hex(16)
-        answers: set[asyncio.Task[None]] = set()
+        guest = Guest(self, reader, writer)
         try:
-            await asyncio.wait_for(
-                welcome(
-                    reader,
-                    writer,
-                    token=self.config.token,
-                    epoch=self._epoch,
-                    identity=self._identity,
-                    answer=lambda hello, proof, identity: self._welcome(hello, proof, identity, ticket),
-                ),
-                timeout=self.config.deadlines.connect,
-            )
-            self._exporter.admit(ticket)
-            while True:
-                message = await receive(reader, REQUEST_LIMIT)
-                answer = asyncio.create_task(self._answer(peer, message, writer))
-                answers.add(answer)
-                answer.add_done_callback(answers.discard)
+            await guest.serve(epoch=self._epoch, identity=self._identity)
         except asyncio.CancelledError:
             return  # this side is stopping; asyncio would log it as an error
         except (DisaggregationError, asyncio.TimeoutError, OSError) as error:
             self.metrics.count("refused_connections_total", reason=getattr(error, "code", "timeout"))
         finally:
             self._peers.discard(task)
-            self._exporter.revoke(ticket)
-            for answer in answers:
-                answer.cancel()
+            self._exporter.revoke(guest.ticket)
             lost = PeerLost("the language process ended the connection")
-            for name in [name for name in self._rooms if name.startswith(peer)]:
+            for name in [name for name in self._rooms if name.startswith(guest.name)]:
                 self._rooms[name].end(SenderEvent.PEER_LOST, lost)
                 self._bury(name)
-            with contextlib.suppress(OSError):
-                writer.close()
+            guest.close()
 
-    def _welcome(self, hello: Hello, proof: str, identity: ModelIdentity, ticket: str) -> Welcome:
+    def welcome(self, hello: Hello, proof: str, identity: ModelIdentity, ticket: str) -> Welcome:
+        """Let somebody in who has proved to have the token.
+
+        Raises:
+            ProtocolError: it cannot read this pool.
+        """
         assert self._exporter is not None
         transport = self.config.chosen_transport
         if transport not in hello.transports:
@@ -242,34 +238,56 @@ class EncodeServer:
             lease_seconds=self.config.deadlines.lease,
         )
 
-    async def _answer(self, peer: str, message: Any, writer: asyncio.StreamWriter) -> None:
-        try:
-            if isinstance(message, Ping):
-                reply: Any = Pong(seq=message.seq, waiting=self._compute.waiting)
-            elif isinstance(message, RoomMessage):
-                reply = await self._room(peer, message)
-            else:
-                raise ProtocolError(f"{type(message).__name__} is not for the encode side")
-        except DisaggregationError as error:
-            reply = Failure(seq=message.seq, code=error.code, text=str(error)[:4096])
-        except Exception as error:  # a bug must not look like a hang, which would cost every room its connection
-            logging.getLogger(__name__).exception("a message could not be handled")
-            reply = Failure(seq=message.seq, code=EncodeFailed.code, text=f"{type(error).__name__}: {error}"[:4096])
-        send(writer, msgspec.structs.replace(reply, seq=message.seq))
+    def open_room(self, peer: str, message: RoomMessage) -> RoomMessage:
+        """Begin what a request asks for; the message without its pictures, which the room has now.
+
+        Raises:
+            PeerBusy: as many requests, or bytes, are here as are admitted.
+            RequestTooLarge: more bytes than are ever admitted.
+            StaleTransfer: it was released before it came.
+        """
+        if not isinstance(message, EncodeRequest) or message.poll:
+            return message
+        name = _name(peer, message)
+        if name not in self._rooms:
+            self._admit(name, message)
+            self._rooms[name] = Sender(self._tools, message, name)
+        return msgspec.structs.replace(message, poll=True, messages=b"", images=(), videos=())
+
+    def _admit(self, name: str, request: EncodeRequest) -> None:
+        if name in self._tombstones:
+            raise StaleTransfer("there is no such room (any more)")
+        if len(self._rooms) >= self.config.max_requests:
+            raise PeerBusy(f"the encode process holds {len(self._rooms)} requests, as many as it admits")
+        limit, asked = self.config.request_bytes, request_bytes(request)
+        if asked > limit:
+            raise RequestTooLarge(
+                f"the request has {asked} bytes, the encode process holds {limit}; start it with a larger "
+                "--request-mib, or pass smaller pictures"
+            )
+        if asked + self._held > limit:
+            raise PeerBusy(f"the encode process holds {self._held} of {limit} bytes; no room for {asked} more now")
+
+    @property
+    def _held(self) -> int:
+        return sum(room.nbytes for room in self._rooms.values())
+
+    @property
+    def _features(self) -> int:
+        return sum(room.nbytes for room in self._rooms.values() if room.machine.state is not SenderState.BOOTSTRAPPING)
+
+    def _in_state(self, state: SenderState) -> int:
+        return sum(room.machine.state is state for room in self._rooms.values())
 
     async def _room(self, peer: str, message: RoomMessage) -> Any:
-        name = f"{peer}/{message.room}/{message.attempt}"
+        name, message = _name(peer, message), self.open_room(peer, message)
         room = self._rooms.get(name)
         if room is None:
             released = Released(seq=message.seq, room=message.room, attempt=message.attempt)
             if isinstance(message, Release):
                 self._bury(name)  # so that a request which comes after its own release is not begun
                 return released
-            if not isinstance(message, EncodeRequest) or message.poll or name in self._tombstones:
-                raise StaleTransfer("there is no such room (any more)")
-            if len(self._rooms) >= self.config.max_requests:
-                raise PeerBusy(f"the encode process holds {len(self._rooms)} requests, as many as it admits")
-            room = self._rooms[name] = Sender(self._tools, message, name)
+            raise StaleTransfer("there is no such room (any more)")
         try:
             return await room.handle(message)
         finally:
@@ -283,8 +301,15 @@ class EncodeServer:
             self._tombstones.popitem(last=False)
 
     async def _encode(self, request: EncodeRequest) -> EncodedPrompt:
-        """Preprocess and encode in the compute thread; equal pictures of waiting requests are encoded once."""
-        return await self._compute.run(lambda: self._encode_now(request))
+        """Preprocess and encode in the compute thread; equal pictures of waiting requests are encoded once.
+
+        One at a time stands in front of that thread, so that a check of health is the next after it. What is encoded
+        waits for others to be read where the features that are here take all the memory they may.
+        """
+        async with self._turn:
+            while self._features >= self.config.request_bytes:
+                await asyncio.sleep(_FULL_PAUSE)
+            return await self._compute.run(lambda: self._encode_now(request))
 
     def _encode_now(self, request: EncodeRequest) -> EncodedPrompt:
         parts, began = self._parts, time.monotonic()
@@ -292,11 +317,15 @@ class EncodeServer:
             messages = json.loads(request.messages)
         except ValueError as error:
             raise ProtocolError(f"messages are not JSON: {error}") from None
+        refuse_sources(messages)
         prompt = parts.processor(messages, images=list(request.images), videos=list(request.videos))
         prepared, before = time.monotonic(), parts.encoder.hits
         (features,) = parts.encoder.features([prompt.vision])
         encoded = time.monotonic()
-        model = parts.engine.bundle.manifest.model
+        model, facts, vision = parts.engine.bundle.manifest.model, parts.engine.bundle.manifest.vision, prompt.vision
+        if vision is not None and facts is not None:  # the pixels are larger than all that is sent
+            vision = VisionBatch.without_pixels(vision.grid_thw, vision.content_keys, facts.spatial_merge_size)
+            prompt = dataclasses.replace(prompt, vision=vision)
         tokens = merge(
             parts.table,
             prompt,
@@ -306,9 +335,13 @@ class EncodeServer:
         )
         self.metrics.observe("stage_seconds", prepared - began, stage="preprocess")
         self.metrics.observe("stage_seconds", encoded - prepared, stage="encode")
-        self.metrics.count("cache_hits_total", parts.encoder.hits - before)
+        hits, items = parts.encoder.hits - before, len(features)
+        self.metrics.count("cache_hits_total", hits)
+        self.metrics.count("cache_misses_total", items - hits)
         seconds = {"began": began, "preprocess": prepared - began, "encode": encoded - prepared}
-        return EncodedPrompt(prompt=prompt, tokens=tokens, seconds=seconds)
+        # the cache may have let go of the features of each picture; DeepStack's lie together in a copy of their own
+        held = sum(each.nbytes for each in features) + tokens.deepstack.nbytes
+        return EncodedPrompt(prompt=prompt, tokens=tokens, nbytes=held, seconds=seconds)
 
     def _finished(self, outcome: str, sent: dict[str, int]) -> None:
         self.metrics.count("requests_total", outcome=outcome)
@@ -324,6 +357,25 @@ class EncodeServer:
                 if time.monotonic() - room.touched > lease:
                     room.end(SenderEvent.LEASE_EXPIRED, StaleTransfer(f"not spoken of for {lease:g} s"))
                     self._bury(name)
+
+
+def refuse_sources(messages: Any) -> None:
+    """Media come as bytes: a part that names a file or an address would have this process open it.
+
+    Raises:
+        RequestRefused: a part for a picture or a clip has anything but its type.
+    """
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if not isinstance(part, dict) or part.get("type") == "text" or (not part.get("type") and "text" in part):
+                continue
+            if more := sorted(set(part) - {"type"}):
+                raise RequestRefused(f"a part of the messages has {more[0]!r}; pictures and clips are sent as bytes")
+
+
+def _name(peer: str, message: RoomMessage) -> str:
+    return f"{peer}/{message.room}/{message.attempt}"
 
 
 def _load(config: EncodeConfig) -> ModelParts:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from deepstitch.errors import DeepstitchError
+from deepstitch.errors import DeepstitchError, InputError
 from deepstitch.runtime.bundle import DECODER, Bundle
 from deepstitch.runtime.disaggregated.config import LanguageConfig
 from deepstitch.runtime.disaggregated.conn_multimodal.link import SCRATCH_BYTES
@@ -21,9 +21,10 @@ from deepstitch.runtime.disaggregated.errors import EncodeFailed, PeerBusy
 from deepstitch.runtime.disaggregated.faults import Faults
 from deepstitch.runtime.disaggregated.identity import model_identity
 from deepstitch.runtime.disaggregated.metrics import Metrics
+from deepstitch.runtime.disaggregated.multimodal_embedding import refuse_sources
 from deepstitch.runtime.disaggregated.pool import BlockPool, layout_for
 from deepstitch.runtime.disaggregated.reception import PreparedPrompt, Reception, Request
-from deepstitch.runtime.disaggregated.service import client_tls
+from deepstitch.runtime.disaggregated.service import client_tls, end_tasks
 from deepstitch.runtime.disaggregated.trace import LANGUAGE, Trace
 from deepstitch.runtime.disaggregated.transport.sockets import new_memory
 from deepstitch.runtime.embedding import EmbeddingTable, merge
@@ -39,6 +40,7 @@ from deepstitch.runtime.stream import TextStream
 __all__ = ["LanguageServer"]
 
 _HEALTH_SECONDS = 10.0
+_LOOK_SECONDS = 0.05
 
 
 class LanguageServer:
@@ -55,7 +57,7 @@ class LanguageServer:
         self.metrics = Metrics()
         self._tls = client_tls(config.tls_authority)
         self._faults = Faults(config.faults)
-        self._admitted = 0
+        self._admitted = {"text": 0, "pictures": 0}
         self._decoder: DecoderLoop | None = None
         self._encoders: Encoders | None = None
         self._reception: Reception | None = None
@@ -70,6 +72,8 @@ class LanguageServer:
         self._parts = await asyncio.get_running_loop().run_in_executor(None, _load, config)
         bundle = self._parts.engine.bundle
         model = bundle.manifest.model
+        if bundle.manifest.vision is None and (config.encoders or config.registry):
+            raise InputError(f"{config.bundle}: this bundle knows nothing of pictures; leave the encode processes out")
         layout = layout_for(config.pool, hidden_size=model.hidden_size, num_deepstack=model.num_deepstack)
         memory = new_memory(layout.nbytes + MAX_ENCODERS * SCRATCH_BYTES)
         self._pool = BlockPool(layout, memory[: layout.nbytes])
@@ -82,7 +86,8 @@ class LanguageServer:
             await self.stop()
             raise
         self._pool.report(self.metrics)
-        self.metrics.gauge("rooms", lambda: self._admitted)
+        self.metrics.gauge("rooms", lambda: sum(self._admitted.values()))
+        self.metrics.gauge("requests_waiting", lambda: self._decoder.waiting if self._decoder else 0)
 
     async def stop(self) -> None:
         """End everything; may be called twice."""
@@ -101,7 +106,7 @@ class LanguageServer:
     @property
     def idle(self) -> bool:
         """No request is here, and no block is held."""
-        return self._admitted == 0 and self._pool.idle
+        return not any(self._admitted.values()) and self._pool.idle
 
     async def answer(
         self,
@@ -124,10 +129,12 @@ class LanguageServer:
             DeepstitchError: the request cannot be used, or could not be served.
         """
         chosen = GenerationOptions.from_keywords(options or {})
-        if self._admitted >= self.config.max_requests:
+        refuse_sources(messages)
+        kind = "pictures" if images or videos else "text"  # counted apart: text needs no encode process
+        if self._admitted[kind] >= self.config.max_requests:
             self.metrics.count("requests_total", outcome="busy")
-            raise PeerBusy(f"{self._admitted} requests are being served, as many as this process admits; try again")
-        self._admitted += 1
+            raise PeerBusy(f"{self._admitted[kind]} requests are being served, as many as are admitted; try again")
+        self._admitted[kind] += 1
         try:
             request = Request(messages=messages, images=images, videos=videos)
             async with aclosing(self._answer(request, chosen, trace or Trace(LANGUAGE))) as events:
@@ -141,15 +148,15 @@ class LanguageServer:
             self.metrics.count("requests_total", outcome="ended early")
             raise
         finally:
-            self._admitted -= 1
+            self._admitted[kind] -= 1
 
     async def check(self) -> dict[str, Any]:
-        """Take one step of the decoder.
+        """Take one step of the decoder; where it is busy, one for somebody else is as good.
 
         Raises:
             DeepstitchError: it could not be done, or not in time.
         """
-        assert self._encoders is not None
+        assert self._encoders is not None and self._decoder is not None
         zero = np.zeros(1, np.int64)
         prompt = Prompt(input_ids=zero, position_ids=np.zeros((3, 1), np.int64), rope_delta=0, vision=None, text="")
         width = self._parts.engine.bundle.manifest.model.num_deepstack * len(self._parts.table(zero)[0])
@@ -161,10 +168,17 @@ class LanguageServer:
             async for _ in self._decode(PreparedPrompt(prompt=prompt, tokens=tokens), options):
                 pass
 
+        before = self._decoder.steps
+        own = asyncio.create_task(step())
         try:
-            await asyncio.wait_for(step(), timeout=_HEALTH_SECONDS)
-        except asyncio.TimeoutError:
-            raise EncodeFailed(f"one step of the decoder took more than {_HEALTH_SECONDS:g} s") from None
+            while not own.done() and self._decoder.steps == before:
+                if time.monotonic() - began > _HEALTH_SECONDS:
+                    raise EncodeFailed(f"one step of the decoder took more than {_HEALTH_SECONDS:g} s")
+                await asyncio.wait({own}, timeout=_LOOK_SECONDS)
+            if own.done():
+                own.result()
+        finally:
+            await end_tasks([own])
         up = {str(address): "up" for address in self._encoders.connected}
         down = {str(address): str(error) for address, error in self._encoders.problems.items()}
         pictures = bool(up) or self.config.local_encoder

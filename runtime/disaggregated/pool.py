@@ -75,8 +75,8 @@ class BlockPool:
     def report(self, metrics: Metrics) -> None:
         """Show free and all blocks."""
         for kind, allocator in (("tokens", self.tokens), ("deepstack", self.deepstack)):
-            for state in ("free", "total"):
-                metrics.gauge(f"blocks_{state}", partial(getattr, allocator, state), kind=kind)
+            metrics.gauge("blocks_free", partial(getattr, allocator, "free"), kind=kind)
+            metrics.gauge("blocks_total", partial(getattr, allocator, "total"), kind=kind)
 
     def check_fits(self, tokens: int, deepstack_rows: int, *, side: str) -> None:
         """Refuse what even an empty pool could not hold.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from deepstitch.runtime.calls import RowTokens
 from deepstitch.runtime.disaggregated.config import Address, LanguageConfig
@@ -26,8 +27,10 @@ from deepstitch.runtime.disaggregated.errors import (
     NoEncoder,
     PeerBusy,
     ProtocolError,
+    RequestTooLarge,
 )
 from deepstitch.runtime.disaggregated.faults import Faults
+from deepstitch.runtime.disaggregated.framing import REQUEST_LIMIT
 from deepstitch.runtime.disaggregated.messages import EncodeRequest
 from deepstitch.runtime.disaggregated.metrics import Metrics
 from deepstitch.runtime.disaggregated.pool import BlockPool
@@ -42,7 +45,10 @@ __all__ = ["PreparedPrompt", "Reception", "Request"]
 
 _MAX_FAILURES = 4  # a request that kills its encoder must not kill all of them
 _KNOWN_PICTURES = 4096
-_BUSY_PAUSE = 0.1
+_BUSY_PAUSE, _LONGEST_BUSY_PAUSE = 0.1, 2.0  # seconds; every time all pictures are sent again
+# What the schema of a request takes, and the length of its frame with room for what is not media
+_MAX_TEXT, _MAX_IMAGES, _MAX_CLIPS = 64 << 20, 1024, 64
+_MAX_BYTES = REQUEST_LIMIT - (1 << 20)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,10 +108,12 @@ class Reception:
         """
         if not request.images and not request.videos:
             return await self._here(request, (), trace, self._text)
-        known = await self._pictures.run(lambda: self._recall(request))
-        if known:
-            self._metrics.count("cache_hits_total", len(known))
-            return await self._here(request, known, trace, self._pictures)
+        began = time.monotonic()
+        recalled = await self._pictures.run(lambda: self._recall(request))
+        if recalled is not None:
+            self._metrics.count("cache_hits_total", len(request.images))
+            trace.add("preprocess", began, time.monotonic())
+            return recalled
         self._metrics.count("cache_misses_total", len(request.images) + len(request.videos))
         received = await self._from_encoders(request, trace)
         if received is None:
@@ -117,36 +125,46 @@ class Reception:
     async def _here(
         self, request: Request, images: Sequence[Any], trace: Trace, thread: ComputeThread
     ) -> PreparedPrompt:
-        def work() -> PreparedPrompt:
-            began = time.monotonic()
-            prompt = self._parts.processor(request.messages, images=list(images), videos=list(request.videos))
-            prepared = time.monotonic()
-            (features,) = self._parts.encoder.features([prompt.vision])
-            seconds = {"preprocess": prepared - began, "encode": time.monotonic() - prepared}
-            return PreparedPrompt(prompt=prompt, tokens=self._merged(prompt, features), seconds=seconds)
-
         with trace.span("preprocess"):
-            return await thread.run(work)
+            return await thread.run(lambda: self._prepared(request, images))
+
+    def _prepared(self, request: Request, images: Sequence[Any]) -> PreparedPrompt:
+        began = time.monotonic()
+        prompt = self._parts.processor(request.messages, images=list(images), videos=list(request.videos))
+        prepared = time.monotonic()
+        (features,) = self._parts.encoder.features([prompt.vision])
+        seconds = {"preprocess": prepared - began, "encode": time.monotonic() - prepared}
+        return PreparedPrompt(prompt=prompt, tokens=self._merged(prompt, features), seconds=seconds)
 
     def _merged(self, prompt: Prompt, features: Sequence[VisionFeatures]) -> RowTokens:
         parts, model = self._parts, self._parts.engine.bundle.manifest.model
         width = model.num_deepstack * model.hidden_size
         return merge(parts.table, prompt, features, visual_ids=parts.visual_ids, deepstack_width=width)
 
-    def _recall(self, request: Request) -> list[KnownImage]:
-        """All pictures of the request, if their encoder outputs are here; else none."""
+    def _recall(self, request: Request) -> PreparedPrompt | None:
+        """The prompt, if the encoder outputs of all its pictures are here.
+
+        Looking and taking are one piece of work of the thread: between two, another request could push them out.
+        """
         if request.videos:
-            return []
+            return None
         known = [self._known.get(hashlib.sha256(image).digest()) for image in request.images]
         found = [each for each in known if each is not None and self._parts.encoder.get(each.key) is not None]
-        return found if len(found) == len(known) else []
+        return self._prepared(request, found) if len(found) == len(known) else None
 
     async def _from_encoders(self, request: Request, trace: Trace) -> ReceivedPrompt | None:
         """Ask one encode process after another; None: none can be asked, and there is an encoder here."""
-        room, attempt, failures = uuid.uuid4().hex, 0, 0
+        try:
+            message = _encode_request(request)
+        except RequestTooLarge:
+            if self._config.local_encoder:
+                return None
+            raise
+        attempt = failures = 0
         began = time.monotonic()
         deadline, patience = began + self._config.deadlines.request, began + self._config.deadlines.encoder
         tried: set[Address] = set()
+        pause = _BUSY_PAUSE
         while True:
             link = self._encoders.pick(tried)
             if link is None:
@@ -155,7 +173,7 @@ class Reception:
                 await self._wait_for_encoder(patience)
                 continue
             try:
-                return await self._attempt(link, request, room, attempt, deadline, trace)
+                return await self._attempt(link, structs.replace(message, attempt=attempt), deadline, trace)
             except DisaggregationError as error:
                 self._metrics.count("attempts_total", outcome=error.code)
                 busy = isinstance(error, PeerBusy)
@@ -163,13 +181,17 @@ class Reception:
                 failures += not busy
                 tried.add(link.caller.address)
                 spent = failures >= _MAX_FAILURES
-                if error.retryable and spent and self._config.local_encoder:
+                # the pool of another encode process may be larger
+                too_large = isinstance(error, RequestTooLarge)
+                again = error.retryable or (too_large and self._encoders.pick_new(tried) is not None)
+                if (spent or not again) and (error.retryable or too_large) and self._config.local_encoder:
                     return None
-                if not error.retryable or spent or time.monotonic() >= deadline:
+                if spent or not again or time.monotonic() >= deadline:
                     raise
                 patience = time.monotonic() + self._config.deadlines.encoder
                 if busy:
-                    await asyncio.sleep(_BUSY_PAUSE)
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_BUSY_PAUSE)
 
     async def _wait_for_encoder(self, patience: float) -> None:
         left = patience - time.monotonic()
@@ -179,21 +201,13 @@ class Reception:
         reasons = "; ".join(str(error) for error in self._encoders.problems.values()) or "none is configured"
         raise NoEncoder(f"no encode process can be reached ({reasons}); start one, or pass --local-encoder")
 
-    async def _attempt(
-        self, link: Link, request: Request, room: str, attempt: int, deadline: float, trace: Trace
-    ) -> ReceivedPrompt:
-        message = EncodeRequest(
-            seq=0,
-            room=room,
-            attempt=attempt,
-            messages=json.dumps(request.messages).encode(),
-            images=tuple(request.images),
-            videos=tuple(request.videos),
-        )
+    async def _attempt(self, link: Link, message: EncodeRequest, deadline: float, trace: Trace) -> ReceivedPrompt:
+        blocks = min(self._config.pool.first_blocks or self._config.pool.blocks, self._config.pool.blocks)
         tools = ReceiverTools(
             pool=self._pool,
-            first_tokens=(self._config.pool.first_blocks or self._config.pool.blocks) * self._pool.layout.block_tokens,
+            first_tokens=blocks * self._pool.layout.block_tokens,
             hang=self._config.deadlines.hang,
+            deadline=deadline,
             faults=self._faults,
             mark=trace.add,
         )
@@ -251,7 +265,9 @@ class Reception:
         )
         self._remember(request, received, vision, np.flatnonzero(visual))
         names = ("preprocess", "encode", "transfer")
-        return PreparedPrompt(prompt=prompt, tokens=tokens, seconds={name: received.seconds[name] for name in names})
+        return PreparedPrompt(
+            prompt=prompt, tokens=tokens, seconds={name: received.seconds.get(name, 0.0) for name in names}
+        )
 
     def _vision(self, received: ReceivedPrompt) -> VisionBatch:
         facts = self._parts.engine.bundle.manifest.vision
@@ -262,6 +278,8 @@ class Reception:
     def _remember(
         self, request: Request, received: ReceivedPrompt, vision: VisionBatch, places: np.ndarray[Any, Any]
     ) -> None:
+        if request.videos and not self._config.local_encoder:
+            return  # what a clip shows is found out only by preparing it, which happens in the encode process
         ends = np.cumsum(vision.tokens_per_item).tolist()
         for item, end, count in zip(received.items, ends, vision.tokens_per_item.tolist(), strict=True):
             rows = slice(end - count, end)
@@ -273,3 +291,23 @@ class Reception:
             self._known[hashlib.sha256(image).digest()] = KnownImage(item.grid, item.key)
             while len(self._known) > _KNOWN_PICTURES:
                 self._known.popitem(last=False)
+
+
+def _encode_request(request: Request) -> EncodeRequest:
+    """What an encode process is asked, as the first attempt of a new room.
+
+    Raises:
+        RequestTooLarge: no encode process would read it; one that has to hang up fails the requests of others too.
+    """
+    text = json.dumps(request.messages, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    size = len(text) + sum(map(len, (*request.images, *request.videos)))
+    for what, count, limit in (
+        ("bytes of text", len(text), _MAX_TEXT),
+        ("bytes of text, pictures and clips", size, _MAX_BYTES),
+        ("pictures", len(request.images), _MAX_IMAGES),
+        ("clips", len(request.videos), _MAX_CLIPS),
+    ):
+        if count > limit:
+            raise RequestTooLarge(f"{count} {what} in one request; an encode process takes {limit}")
+    images, videos = tuple(request.images), tuple(request.videos)
+    return EncodeRequest(seq=0, room=uuid.uuid4().hex, attempt=0, messages=text, images=images, videos=videos)

@@ -66,7 +66,7 @@ class ReceiverState(Enum):
     TRANSFERRING = "transferring"  # landing blocks held, init or resume sent
     READING = "reading"  # the transport writes into the landing blocks
     CONFIRMING = "confirming"  # copied out, blocks given back, Received sent; more is to come
-    QUARANTINED = "quarantined"  # a read failed; its transport is being closed, and may still write until it is
+    QUARANTINED = "quarantined"  # the attempt failed while its read went on, which may write until it has ended
     RELEASING = "releasing"  # all is here, Release sent
     SUCCESS = "success"
     FAILED = "failed"
@@ -82,7 +82,7 @@ class ReceiverEvent(Enum):
     READ_ALL = "read all"
     READ_FAILED = "read failed"
     CONFIRMED = "confirmed"
-    TRANSPORT_CLOSED = "transport closed"
+    TRANSPORT_CLOSED = "transport closed"  # or the read has come to an end of its own: nothing writes any more
     RELEASED = "released"
     REFUSED = "refused"
     PEER_LOST = "peer lost"

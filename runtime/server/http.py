@@ -6,15 +6,13 @@ import hmac
 import ipaddress
 import json
 import logging
-import socket
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 from aiohttp import web
 
 from deepstitch.errors import InputError
 from deepstitch.runtime.disaggregated.config import Address
-from deepstitch.runtime.disaggregated.listening import bound_socket
+from deepstitch.runtime.disaggregated.listening import SocketFile, bound_socket
 from deepstitch.runtime.disaggregated.metrics import CONTENT_TYPE, Metrics
 from deepstitch.runtime.server.chat import Chat
 from deepstitch.runtime.server.health import Check, Health
@@ -70,12 +68,15 @@ class HttpServer:
             InputError: the address is taken, or open to others without a token.
         """
         self._socket = bound_socket(listen)
+        self._file = SocketFile.of(listen)
         self._path = listen.path
-        open_to_others = not listen.path and not _is_loopback(self._socket)
+        open_to_others = not listen.path and not _is_loopback(self._socket.getsockname()[0])
         if open_to_others and not token:
             self._socket.close()
             raise InputError(f"HTTP at {listen.host}:{listen.port}: others can connect; pass --token-file FILE")
         self._token = token if open_to_others else ""
+        # A web page may give this machine's address a name of its own, to be allowed to ask; a proxy may use any name
+        self._names: tuple[str, ...] = () if listen.path or open_to_others else ("", "localhost", listen.host.lower())
         self._health, self._metrics, self._chat = Health(check), metrics, chat
         self._runner: web.AppRunner | None = None
         self._closed = False
@@ -110,8 +111,8 @@ class HttpServer:
         if not self._closed:
             self._closed = True
             self._socket.close()
-            if self._path:
-                Path(self._path).unlink(missing_ok=True)
+            if self._file is not None:
+                self._file.remove()
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -127,6 +128,8 @@ class HttpServer:
             self._metrics.count("http_responses_total", path=path, status=str(status))
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self._names and _host(request) not in self._names and not _is_loopback(_host(request)):
+            return _told(Refusal(403, "host", f"this server is {self.url}; ask under that name"))
         if not self._may(request):
             return _told(Refusal(401, "token", "send the header Authorization: Bearer TOKEN"))
         try:
@@ -143,7 +146,9 @@ class HttpServer:
         if not self._token:
             return True
         scheme, _, shown = request.headers.get("Authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(shown.strip().encode(), self._token.encode())
+        return scheme.lower() == "bearer" and hmac.compare_digest(
+            shown.strip().encode("utf-8", "surrogateescape"), self._token.encode()
+        )
 
     async def _get_health(self, _: web.Request) -> web.StreamResponse:
         status, report = await self._health()
@@ -170,6 +175,15 @@ def _told(told: Refusal) -> web.StreamResponse:
     )
 
 
-def _is_loopback(bound: socket.socket) -> bool:
-    """By the address it got, whatever name was given."""
-    return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
+def _is_loopback(address: str) -> bool:
+    """A name is none, whatever it stands for."""
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _host(request: web.Request) -> str:
+    """The name or address the client used, without the port."""
+    host = request.headers.get("Host", "").lower()
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]

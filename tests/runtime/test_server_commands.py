@@ -84,6 +84,7 @@ def test_defaults_are_those_of_the_configs(command):
         "block_tokens": pool.block_tokens,
         "pool_blocks": pool.blocks,
         "encoder_cache_mib": config["encoder_cache_bytes"] >> 20,
+        "request_mib": config.get("request_bytes", 0) >> 20,
     }
     shared = expected.keys() & defaults.keys()
     assert len(shared) >= 5
@@ -163,6 +164,8 @@ LANGUAGE = "language-server {bundle} --http 0 "
         (ENCODE + "--http {taken}", "cannot listen"),
         (ENCODE + "--http 0.0.0.0:0", "others can connect; pass --token-file"),
         (ENCODE + "--tls-certificate x", "TLS needs a TCP address"),
+        (TCP + "--token-file {token} --transport nixl --tls-certificate x", "nixl does not encrypt what it moves"),
+        (TCP + "--token-file {token} --transport mooncake --tls-certificate x", "use transport tcp"),
         ("language-server {tmp} --local-encoder", "manifest.json"),
         (LANGUAGE, "nothing could encode pictures"),
         (LANGUAGE + "--encoder tcp://127.0.0.1:7000", "wants a shared token"),

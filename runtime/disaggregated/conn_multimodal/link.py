@@ -7,6 +7,7 @@ import contextlib
 import ssl
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from deepstitch.runtime.disaggregated.buffers import BufferLayout
 from deepstitch.runtime.disaggregated.channel import Caller, connect
 from deepstitch.runtime.disaggregated.config import Address, Deadlines
-from deepstitch.runtime.disaggregated.errors import DisaggregationError, HandshakeRefused, PeerLost
+from deepstitch.runtime.disaggregated.errors import DisaggregationError, HandshakeRefused, PeerHung, PeerLost
 from deepstitch.runtime.disaggregated.messages import ModelIdentity, Release, Welcome
 from deepstitch.runtime.disaggregated.transport import TRANSPORTS, Importer, Span, open_importer
 
@@ -90,10 +91,18 @@ class Link:
             raise
         return cls(caller, welcome, importer, scratch)
 
-    async def read(self, spans: Sequence[Span], *, timeout: float) -> npt.NDArray[np.uint64]:
+    async def read(
+        self, spans: Sequence[Span], *, timeout: float, limit: float, wanted: asyncio.Future[None]
+    ) -> npt.NDArray[np.uint64]:
         """Fill the spans, and read the generations of all blocks after that.
 
         A failed read ends the link: after this has raised, nothing writes into the spans any more.
+
+        Args:
+            spans: what goes where.
+            timeout: seconds without progress.
+            limit: seconds in all, without those it waits for other reads.
+            wanted: cancelled when nobody wants it any more; then it does not begin.
 
         Returns:
             ``(num_blocks + num_deepstack_blocks,)`` uint64.
@@ -104,11 +113,14 @@ class Link:
         async with self._one_reader:
             if self.caller.lost.done():
                 raise self.caller.lost.result()
+            if wanted.done():
+                raise DisaggregationError("nobody waits for this read any more")
             loop = asyncio.get_running_loop()
             reading = loop.run_in_executor(self._thread, self._read, spans, timeout)
             either: set[asyncio.Future[Any]] = {reading, self.caller.lost}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():  # the process is gone: do not wait for the timeout of the transport
+            await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():  # the process is gone, or slower than anybody waits for
+                self.caller.fail(PeerHung(f"{self.caller.address}: a read did not end within {limit:.3g} s"))
                 await self._close_importer()
             try:
                 return await reading
@@ -151,8 +163,12 @@ def _importer(
     welcome: Welcome, address: Address, memory: npt.NDArray[np.uint8], tls: ssl.SSLContext | None
 ) -> Importer:
     endpoint = dict(welcome.endpoint)
-    if endpoint.get("host") in _EVERYWHERE and address.host:  # what it listens at is not where it can be reached
+    if address.host and (welcome.transport == "tcp" or endpoint.get("host") in _EVERYWHERE):
+        # What it listens at need not be where it can be reached; and whose certificate counts, we decide here
         endpoint["host"] = address.host
+    if address.path and "path" in endpoint:
+        # Beside the socket that was dialled: another process has another current folder, or sees it somewhere else
+        endpoint["path"] = str(Path(address.path).resolve().parent / Path(endpoint["path"]).name)
     context = tls if welcome.transport == "tcp" else None
     return open_importer(welcome.transport, endpoint, welcome.ticket, local=memory, context=context)
 

@@ -18,6 +18,8 @@ from deepstitch.runtime.disaggregated.buffers import BUFFERS, TOKEN_BUFFERS, Buf
 from deepstitch.runtime.disaggregated.conn_multimodal.link import Link
 from deepstitch.runtime.disaggregated.errors import (
     DisaggregationError,
+    PeerHung,
+    PeerLost,
     ProtocolError,
     RequestTooLarge,
     StaleTransfer,
@@ -78,6 +80,7 @@ class ReceiverTools:
         pool: landing blocks.
         first_tokens: most tokens of one transfer.
         hang: seconds without progress of a read until the encode process counts as hung.
+        deadline: when nobody waits for the prompt any more, in seconds of the monotonic clock.
         faults: for tests.
         mark: told the name of a stage, when it began and when it ended, in seconds of the monotonic clock.
     """
@@ -85,6 +88,7 @@ class ReceiverTools:
     pool: BlockPool
     first_tokens: int
     hang: float
+    deadline: float
     faults: Faults
     mark: Callable[[str, float, float], None]
 
@@ -116,8 +120,8 @@ class Receiver:
             announcement = await self._announced()
             alive = asyncio.create_task(self._keep_alive())
             return await self._receive(announcement)
-        except BaseException:
-            self._abandon()
+        except BaseException as error:
+            self._abandon(_reason(error))
             raise
         finally:
             if alive is not None:
@@ -230,13 +234,17 @@ class Receiver:
         began = time.monotonic()
         rows = sizes.deepstack_rows if ready.start == 0 else 0
         spans = list(self._spans(ready, grant, rows))
-        reading = asyncio.ensure_future(self._link.read(spans, timeout=self._tools.hang))
+        wanted = asyncio.get_running_loop().create_future()
+        # one that began late may still end; one that never ends must not keep the blocks
+        limit = max(self._tools.deadline - began, self._tools.hang)
+        reading = asyncio.ensure_future(self._link.read(spans, timeout=self._tools.hang, limit=limit, wanted=wanted))
         try:
             generations = await asyncio.shield(reading)
             accept = partial(self._accept, sizes, ready, grant, rows, generations, arrived)
             await asyncio.get_running_loop().run_in_executor(None, accept)
         except BaseException:
             self.machine.on(ReceiverEvent.READ_FAILED)
+            wanted.cancel()  # where others are read first, it does not begin
             await _ended(reading)
             self.machine.on(ReceiverEvent.TRANSPORT_CLOSED)
             raise
@@ -298,10 +306,10 @@ class Receiver:
         except DisaggregationError:
             self._move(ReceiverEvent.PEER_LOST)
 
-    def _abandon(self) -> None:
+    def _abandon(self, event: ReceiverEvent) -> None:
         """Reach the end of a failed attempt; the encode side hears of it if it still listens."""
         if not self.machine.terminal:
-            self.machine.on(ReceiverEvent.GAVE_UP)
+            self.machine.on(event if self.machine.can(event) else ReceiverEvent.GAVE_UP)
         self._link.dismiss(Release(**self._names, abandoned=True))
 
     async def _ask(self, first: RoomMessage, again: RoomMessage, kind: type[Any]) -> Any:
@@ -319,6 +327,13 @@ class Receiver:
         self.machine.on(event)
         if step:
             self._tools.faults.reached(step)
+
+
+def _reason(error: BaseException) -> ReceiverEvent:
+    """What an error is to the state machine."""
+    if isinstance(error, (PeerLost, PeerHung)):
+        return ReceiverEvent.PEER_LOST
+    return ReceiverEvent.REFUSED if isinstance(error, DisaggregationError) else ReceiverEvent.GAVE_UP
 
 
 async def _ended(reading: asyncio.Future[Any]) -> None:

@@ -38,7 +38,7 @@ from deepstitch.runtime.disaggregated.pool import BlockPool, Grant
 from deepstitch.runtime.disaggregated.states import SENDER, Machine, SenderEvent, SenderState
 from deepstitch.runtime.preprocess import Prompt
 
-__all__ = ["EncodedPrompt", "Sender", "SenderTools"]
+__all__ = ["EncodedPrompt", "Sender", "SenderTools", "request_bytes"]
 
 _PATIENCE = 1.0  # seconds a reply may be held back, in the hope that it can be more than Pending
 
@@ -50,11 +50,13 @@ class EncodedPrompt:
     Attributes:
         prompt: ids and positions.
         tokens: embeddings, made on demand, and DeepStack rows.
+        nbytes: of the encoder's output.
         seconds: per stage.
     """
 
     prompt: Prompt
     tokens: RowTokens
+    nbytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -79,6 +81,11 @@ class SenderTools:
     finished: Callable[[str, dict[str, int]], None]
 
 
+def request_bytes(request: EncodeRequest) -> int:
+    """What a request brings along."""
+    return len(request.messages) + sum(map(len, request.images)) + sum(map(len, request.videos))
+
+
 class Sender:
     """A room.
 
@@ -94,6 +101,7 @@ class Sender:
         self._tools = tools
         self._owner = owner
         self._room, self._attempt = request.room, request.attempt
+        self._asked = request_bytes(request)
         self._encoded: EncodedPrompt | None = None
         self._announcement: Announcement | None = None
         self._failure: DisaggregationError = StaleTransfer("the room was released")
@@ -104,6 +112,13 @@ class Sender:
         self._news = asyncio.Event()
         tools.faults.reached("encode.accepted")
         self._task = asyncio.create_task(self._encode(request))
+
+    @property
+    def nbytes(self) -> int:
+        """Held outside the pool: the request until it is encoded, then what became of it."""
+        if self.machine.state is SenderState.BOOTSTRAPPING:
+            return self._asked
+        return self._encoded.nbytes if self._encoded else 0
 
     async def handle(self, message: RoomMessage) -> Message:
         """The reply to a message about this room, the same again for the same message again.

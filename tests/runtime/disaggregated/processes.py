@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -349,8 +349,3 @@ async def cluster(plan: Plan, *warm_up: bytes) -> AsyncIterator[Cluster]:
             yield processes
         finally:
             await processes.stop()
-
-
-def unhurried(deadlines: Deadlines) -> Deadlines:
-    """The same for a machine that is busy with something else."""
-    return replace(deadlines, hang=4 * deadlines.hang)

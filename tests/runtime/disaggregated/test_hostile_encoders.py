@@ -87,7 +87,8 @@ def strange_ids(server: Liar, reply: Any) -> Any:
     return reply
 
 
-BIG = 1 << 31
+BIG = (1 << 31) - 1  # the largest the schema lets through; more would end as a frame that is no message
+ENOUGH = 4 * POOL.block_tokens * POOL.blocks
 ITEM = Item(key="00" * 32, grid=(1, 4, 10))
 LIES: dict[str, Callable[[Liar, Any], Any]] = {
     "a block out of range": about(TransferReady, blocks=lambda r: (*r.blocks[:-1], 10000)),
@@ -97,7 +98,13 @@ LIES: dict[str, Callable[[Liar, Any], Any]] = {
     "no blocks": about(TransferReady, blocks=()),
     "no DeepStack blocks": about(TransferReady, deepstack_blocks=()),
     "another beginning": about(TransferReady, start=1),
-    "more tokens than there is room for": about(TransferReady, count=BIG),
+    "more tokens than any prompt has": about(TransferReady, count=BIG),
+    "one token more than there are": about(
+        TransferReady, count=lambda r: r.count + 1, blocks=lambda r: (*r.blocks, 31)
+    ),
+    "more tokens than there is room for, in as many blocks": about(
+        TransferReady, count=ENOUGH, blocks=lambda r: tuple(range(32)) * 4, generations=lambda r: (2,) * 128
+    ),
     "generations of before": about(TransferReady, generations=lambda r: tuple(g - 1 for g in r.generations)),
     "too few generations": about(TransferReady, generations=()),
     "a huge generation": about(TransferReady, generations=lambda r: (2**64 - 1,) * len(r.generations)),

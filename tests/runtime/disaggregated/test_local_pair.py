@@ -18,6 +18,7 @@ from PIL import Image
 
 import deepstitch
 from deepstitch.errors import DeepstitchError
+from deepstitch.runtime.disaggregated import local_pair
 from deepstitch.runtime.disaggregated.errors import PeerLost
 from deepstitch.runtime.disaggregated.local_pair import LocalPair
 from deepstitch.runtime.disaggregated.pair_client import chat_request
@@ -111,6 +112,28 @@ def test_one_that_dies_in_mid_request(plain_bundle, picture, folder, index, name
         with pytest.raises(PeerLost, match=rf"the {name} process ended \(signal SIGKILL\)"):
             list(pair.stream(chat_request(IMAGE_TURN, [picture], [], {}, trace=False)))
         assert time.monotonic() - began < 3
+
+
+def test_one_that_hangs(plain_bundle, picture, folder, monkeypatch):
+    monkeypatch.setattr(local_pair, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(local_pair, "_HANG_SECONDS", 0.5)
+    began = time.monotonic()
+    with LocalPair(plain_bundle, threads=1) as pair:
+        kill(pair, 1, signal.SIGSTOP)
+        guard = threading.Timer(8, kill, (pair, 1, signal.SIGCONT))
+        guard.start()
+        with pytest.raises(PeerLost, match=r"the language process has not answered for 0\.5 s"):
+            list(pair.stream(chat_request(IMAGE_TURN, [picture], [], {}, trace=False)))
+        guard.cancel()
+        began = time.monotonic()
+    assert time.monotonic() - began < 3
+
+
+def test_modules_of_the_current_folder_are_not_loaded(plain_bundle, tmp_path, folder, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    with LocalPair(plain_bundle, threads=1):
+        pass
 
 
 def test_an_encode_process_that_dies_after_its_work_spoils_nothing(plain_bundle, picture, folder):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from deepstitch.errors import MissingDependency
+from deepstitch.runtime.disaggregated import metrics as metrics_module
 from deepstitch.runtime.disaggregated.metrics import METRICS, Metrics
 
 parser = pytest.importorskip("prometheus_client.parser")
@@ -101,6 +103,13 @@ def test_threads_lose_no_count():
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert samples(metrics)["attempts_total", "ok"] == 2000
+
+
+def test_every_name_is_used():
+    """What is declared and never set says nothing."""
+    folder = Path(metrics_module.__file__).parents[1]
+    source = "".join(path.read_text("utf-8") for path in folder.rglob("*.py") if path != Path(metrics_module.__file__))
+    assert [name for name in METRICS if not re.search(rf'\.(count|gauge|observe)\(\s*"{name}"', source)] == []
 
 
 def test_names_follow_the_conventions_of_prometheus():

@@ -59,12 +59,29 @@ def test_open_to_others_needs_a_token(listen):
 @pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/chat/completions", "/nothing"])
 @pytest.mark.parametrize(
     "headers",
-    [{}, {"Authorization": "Bearer 0123456789abcdeX"}, {"Authorization": TOKEN}, {"Authorization": f"Basic {TOKEN}"}],
+    [
+        {},
+        {"Authorization": "Bearer 0123456789abcdeX"},
+        {"Authorization": TOKEN},
+        {"Authorization": f"Basic {TOKEN}"},
+    ],
 )
 def test_others_get_nothing_without_the_token(path, headers):
     status, answered, text = get(path, headers=headers, listen="0.0.0.0:0", token=TOKEN)
     assert status == 401 and answered["WWW-Authenticate"] == "Bearer"
     assert "deepstitch_" not in text and "steps" not in text
+
+
+def test_a_token_that_is_no_text():
+    async def run() -> bytes:
+        async with serving(FakeLanguage(), listen="0.0.0.0:0", token=TOKEN) as client:
+            reader, writer = await asyncio.open_connection("127.0.0.1", client._base_url.port)
+            writer.write(b"GET /health HTTP/1.0\r\nAuthorization: Bearer \xff\r\n\r\n")
+            answer = await reader.read()
+            writer.close()
+            return answer
+
+    assert asyncio.run(run()).split()[1] == b"401"
 
 
 def test_with_the_token_they_do():
@@ -73,6 +90,19 @@ def test_with_the_token_they_do():
 
 def test_this_machine_needs_no_token():
     assert get("/health", token=TOKEN)[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/v1/models"])
+def test_a_page_that_gives_this_machine_a_name_of_its_own_gets_nothing(path):
+    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "[evil", "10.0.0.1"):
+        status, _, text = get(path, headers={"Host": host})
+        assert status == 403 and "127.0.0.1" in text
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1", "127.0.0.1:9", "[::1]", "[::1]:80", ""):
+        assert get(path, headers={"Host": host})[0] == 200
+    assert (
+        get("/health", headers={"Host": "any", "Authorization": f"Bearer {TOKEN}"}, listen="0.0.0.0:0", token=TOKEN)[0]
+        == 200
+    )
 
 
 def test_a_socket_file(tmp_path):
