@@ -1,4 +1,4 @@
-# Two commands for a machine that has only Python (3.10 or later), pip and make:
+# Two commands for a machine that has only Python (3.11 or later), pip and make:
 #   make demo   exports the sample model, compares it with PyTorch, asks it about a picture, prints the answer and the
 #               time of each stage
 #   make test   runs everything a change has to pass
