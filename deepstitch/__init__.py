@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["DeepstitchError", "__version__", "load"]
 
 __version__ = "0.1.0"
+
+# onnxruntime reports its use to its maker and keeps a database in the user's home unless this stands before its first
+# import, wherever that is. Whoever wants it sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def load(bundle: str | Path, **options: Any) -> Pipeline:
