@@ -6,7 +6,7 @@ a long prompt is cut into chunks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 
@@ -95,12 +95,30 @@ class DecoderState:
         Raises:
             InputError: a row would outgrow the model's context.
         """
+        turns = self.prefill_by_chunks(rows, wanted=wanted, chunk=chunk)
+        while True:
+            try:
+                next(turns)
+            except StopIteration as end:
+                logits: list[Floats] = end.value
+                return logits
+
+    def prefill_by_chunks(
+        self,
+        rows: Sequence[RowTokens],
+        *,
+        wanted: Sequence[Sequence[int] | Ints] | None = None,
+        chunk: int | None = None,
+    ) -> Generator[None, None, list[Floats]]:
+        """As :meth:`prefill`, pausing between two chunks, so that others can use the engine; returns the logits."""
         self._check_room(rows)
         asked = [np.asarray(each, np.int64) for each in wanted or [[len(row) - 1] for row in rows]]
         results = [np.empty((len(each), self._model.vocab_size), np.float32) for each in asked]
         longest = max(map(len, rows))
         size = chunk or longest
         for start in range(0, longest, size):
+            if start:
+                yield
             widths = [min(max(len(row) - start, 0), size) for row in rows]
             for group in self._groups(widths):
                 parts = [rows[row].part(start, start + widths[row]) for row in group]

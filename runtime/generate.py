@@ -80,6 +80,10 @@ class Generation:
 
     def __iter__(self) -> Iterator[Piece]:
         """Write until every row has finished."""
+        return (piece for piece in self.turns() if piece is not None)
+
+    def turns(self) -> Iterator[Piece | None]:
+        """As iterating, with None between two chunks of the prompt: for who shares the decoder with others."""
         inputs = self._embed_prompts() if self._inputs is None else self._inputs
         self._inputs = None  # as large as the prompt; not needed once it is in the cache
         yield from self._prefill(inputs)
@@ -133,16 +137,27 @@ class Generation:
             for prompt, rows in zip(prompts, features, strict=True)
         ]
 
-    def _prefill(self, inputs: Sequence[RowTokens]) -> list[Piece]:
+    def _prefill(self, inputs: Sequence[RowTokens]) -> Iterator[Piece | None]:
         """Run the prompts and choose the first token of each answer."""
         began = time.perf_counter()
-        logits = self.state.prefill(inputs, chunk=self._options.prefill_chunk or None)
+        chunks = self.state.prefill_by_chunks(inputs, chunk=self._options.prefill_chunk or None)
+        while True:
+            try:
+                next(chunks)
+            except StopIteration as end:
+                logits: list[Floats] = end.value
+                break
+            self.timings.prefill += time.perf_counter() - began
+            yield None
+            if not self._running:  # ended from outside
+                return
+            began = time.perf_counter()
         pieces = self._accept([each[0] for each in logits])
         if self._drafter is not None:
             self._drafter.push(pieces[0].token_id)
         self._engine_before = self.state.engine_seconds
-        self.timings.prefill = time.perf_counter() - began
-        return pieces
+        self.timings.prefill += time.perf_counter() - began
+        yield from pieces
 
     def _step(self) -> list[Piece]:
         """Feed the last token of every row and choose the next."""

@@ -17,22 +17,25 @@ class TextStream(Iterator[str]):
     def __init__(self, generation: Generation, finish: Callable[[Result], Result]) -> None:
         """Wrap a generation of one row; ``finish`` completes its result when the answer has ended."""
         self._generation = generation
-        self._pieces: Iterator[Piece] = iter(generation)
+        self._pieces: Iterator[Piece | None] = generation.turns()
         self._finish = finish
         self._result: Result | None = None
 
     def __next__(self) -> str:
         """The next piece that is not empty."""
         for piece in self._pieces:
-            if piece.text:
+            if piece is not None and piece.text:
                 return piece.text
         self._end()
         raise StopIteration
 
-    def tokens(self) -> Iterator[str]:
-        """The text of every token as it is chosen, often empty: for who needs a say between two tokens."""
+    def turns(self) -> Iterator[str]:
+        """The text of every token as it is chosen, often empty, and nothing between two chunks of the prompt.
+
+        For who needs a say between two calls of the decoder.
+        """
         for piece in self._pieces:
-            yield piece.text
+            yield piece.text if piece is not None else ""
         self._end()
 
     @property

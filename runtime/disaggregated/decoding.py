@@ -1,7 +1,4 @@
-"""The decoder of a language process: requests take turns, one token each.
-
-A prompt goes in at once: while a long one is read, the answers of others wait.
-"""
+"""The decoder of a language process: requests take turns, one token each, or one chunk of a prompt."""
 
 from __future__ import annotations
 
@@ -39,7 +36,7 @@ class DecoderLoop:
     """A thread that owns the decoder.
 
     Attributes:
-        steps: tokens chosen so far; while this grows, the decoder works.
+        steps: turns taken so far; while this grows, the decoder works.
     """
 
     def __init__(self, max_running: int) -> None:
@@ -117,12 +114,12 @@ _DONE = object()
 
 
 def _steps(job: Job) -> Iterator[None]:
-    """Write an answer, one token per step; never raises."""
+    """Write an answer, a chunk of the prompt or a token per step; never raises."""
     if job.cancelled.is_set():
         return
     try:
         stream = job.begin()
-        for text in stream.tokens():
+        for text in stream.turns():
             if job.cancelled.is_set():
                 return
             if text:

@@ -78,6 +78,15 @@ def test_chunked_prefill_changes_nothing(pipeline, pictures, chunk):
     assert alone(pipeline, 1, pictures, max_tokens=12, prefill_chunk=chunk).token_ids == whole.token_ids
 
 
+def test_an_answer_can_be_ended_between_two_chunks_of_its_prompt(pipeline):
+    stream = pipeline.stream("hello " * 20, max_tokens=20, prefill_chunk=4)
+    turns = stream.turns()
+    assert [next(turns) for _ in range(3)] == ["", "", ""]
+    result = stream.stop()
+    assert (result.token_ids, result.text) == ((), "") and result.timings["prefill"] > 0
+    assert list(turns) == []
+
+
 def test_stream_pieces_join_to_the_text(pipeline, pictures):
     stream = pipeline.stream("hello", images=pictures[:1], max_tokens=20, stop=["zzz"])
     assert "".join(stream) == stream.result.text

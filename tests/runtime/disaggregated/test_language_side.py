@@ -36,7 +36,7 @@ from deepstitch.runtime.disaggregated.reception import Request
 from deepstitch.runtime.results import Result
 from deepstitch.runtime.stream import TextStream
 
-from .pair import ask, encode_config, language_config, pair, png, running
+from .pair import ask, encode_config, language_config, pair, png, running, same
 
 NOBODY = Address.parse("unix:/nonexistent/encode.sock")
 
@@ -57,7 +57,7 @@ def answer(texts: Any, pause: float = 0.0) -> TextStream:
     """A stream whose tokens have these texts."""
 
     class Written:
-        def __iter__(self) -> Iterator[Piece]:
+        def turns(self) -> Iterator[Piece]:
             for text in texts:
                 time.sleep(pause)
                 yield Piece(0, 1, text)
@@ -115,6 +115,30 @@ def test_a_silent_answer_can_be_cancelled() -> None:
         await asyncio.wait_for(waiting, 5)
         assert loop.waiting == 0
         await loop.close()
+
+    asyncio.run(run())
+
+
+def test_a_long_prompt_does_not_hold_up_others(plain_bundle: Path) -> None:
+    """The long one is asked first, and takes many chunks; the short one has ended before it says anything."""
+
+    async def run() -> None:
+        async with running(LanguageServer(language_config(plain_bundle, NOBODY))) as language:
+            order: list[str] = []
+
+            async def named(name: str, text: str, **options: Any) -> Result:
+                result = await ask(language, text, max_tokens=2, **options)
+                order.append(name)
+                return result
+
+            prompt, slowly = "left of the circle " * 150, {"prefill_chunk": 1}
+            long = asyncio.create_task(named("long", prompt, **slowly))
+            while not language._decoder.steps:
+                await asyncio.sleep(0.001)
+            short = await named("short", "hello")
+            assert order == ["short"]
+            assert same(await long, await ask(language, prompt, max_tokens=2, **slowly))
+            assert same(short, await ask(language, "hello", max_tokens=2))
 
     asyncio.run(run())
 
