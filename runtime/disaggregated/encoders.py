@@ -23,6 +23,7 @@ __all__ = ["MAX_ENCODERS", "Encoders", "read_registry"]
 MAX_ENCODERS = 64
 _REFUSED_PAUSE = 5.0  # seconds before an encoder that does not fit is asked again; it may have been replaced
 _REGISTRY_PAUSE = 0.5
+_TOLD_APART_BY = 1 << 16  # bytes of a picture; the event loop has no time for all of a clip
 
 
 def read_registry(path: Path) -> tuple[Address, ...]:
@@ -91,14 +92,20 @@ class Encoders:
         """Links that stand."""
         return dict(self._links)
 
-    def pick(self, tried: set[Address]) -> Link | None:
-        """The link with the fewest requests, one that was not tried before where there is one."""
-        return self.pick_new(tried) or self.pick_new(set())
+    def pick(self, tried: set[Address], picture: bytes = b"") -> Link | None:
+        """The link with the fewest requests, one that was not tried before where there is one.
 
-    def pick_new(self, tried: set[Address]) -> Link | None:
+        Among equals, always the same one for the same ``picture`` (rendezvous hashing: Thaler and Ravishankar, 1998):
+        that one may have its encoder outputs still.
+        """
+        return self.pick_new(tried, picture) or self.pick_new(set(), picture)
+
+    def pick_new(self, tried: set[Address], picture: bytes = b"") -> Link | None:
         """As :meth:`pick`, but none where all were tried."""
-        alive = [link for address, link in self._links.items() if address not in tried and not link.caller.lost.done()]
-        return min(alive, key=lambda link: link.rooms, default=None)
+        alive = {at: link for at, link in self._links.items() if at not in tried and not link.caller.lost.done()}
+        seed = _digest(picture[:_TOLD_APART_BY])
+        best = min(alive, key=lambda at: (alive[at].rooms, _digest(f"{at} {seed}".encode())), default=None)
+        return alive[best] if best is not None else None
 
     async def wait_for_change(self, timeout: float) -> None:
         """Return when an encoder has come or gone, or after ``timeout`` seconds."""
@@ -183,3 +190,9 @@ class Encoders:
             if self._links.get(address) is link:
                 del self._links[address]
             await link.close()
+
+
+def _digest(data: bytes) -> int:
+    import xxhash
+
+    return xxhash.xxh3_64_intdigest(data)

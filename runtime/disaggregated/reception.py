@@ -166,7 +166,7 @@ class Reception:
         tried: set[Address] = set()
         pause = _BUSY_PAUSE
         while True:
-            link = self._encoders.pick(tried)
+            link = self._encoders.pick(tried, (*request.images, *request.videos)[0])
             if link is None:
                 if self._config.local_encoder:
                     return None
