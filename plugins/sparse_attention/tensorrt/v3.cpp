@@ -1,0 +1,4 @@
+// SparseAttention as an IPluginV3 (TensorRT 10 and 11).
+#include "../../common/tensorrt/v3.h"
+
+DEEPSTITCH_TENSORRT_CREATOR(sparse_attention)
