@@ -1,0 +1,1 @@
+"""The addition of a decoder layer's DeepStack features to the visual tokens, by row index."""

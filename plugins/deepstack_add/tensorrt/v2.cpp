@@ -1,0 +1,4 @@
+// DeepStackAdd as an IPluginV2DynamicExt (TensorRT 8.6).
+#include "../../common/tensorrt/v2.h"
+
+DEEPSTITCH_TENSORRT_CREATOR(deepstack_add)
