@@ -2,7 +2,9 @@
 #   make demo   exports the sample model, compares it with PyTorch, asks it about a picture, prints the answer and the
 #               time of each stage
 #   make test   runs everything a change has to pass
-# Both create .venv and install what they need; a second call starts at once.
+# One more for those who have TensorRT's headers:
+#   make test-tensorrt TENSORRT_INCLUDE_DIR=<folder of NvInferRuntime.h>
+# All create .venv and install what they need; a second call starts at once.
 
 PYTHON ?= python3
 # The tracing was written against this version. PIP_TORCH picks another source for it, for example
@@ -10,6 +12,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_TORCH ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
+# The adapters for TensorRT 8.6 are tested in the registry of its library, which is in a wheel of 819 MB.
+TENSORRT_INCLUDE_DIR ?=
+TENSORRT_LIBRARY_DIR ?= $(VENV)/tensorrt-8.6.0
 
 # One of the questions of models/sample/pictures/questions.json
 PICTURE := models/sample/pictures/count.png
@@ -19,7 +24,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint typecheck pytest clean
+.PHONY: demo test lint typecheck pytest test-tensorrt clean
 
 demo: $(VENV)/export-installed
 	rm -rf demo
@@ -41,6 +46,19 @@ typecheck: $(VENV)/dev-installed
 
 pytest: $(VENV)/dev-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-tensorrt: $(VENV)/dev-installed $(if $(TENSORRT_INCLUDE_DIR),$(TENSORRT_LIBRARY_DIR)/libnvinfer.so.8)
+	TENSORRT_INCLUDE_DIR="$(TENSORRT_INCLUDE_DIR)" TENSORRT_LIBRARY_DIR="$(TENSORRT_LIBRARY_DIR)" \
+		$(BIN)/python -m pytest -rs tests/plugins/test_tensorrt.py
+
+# The wheel is for Python 3.10; only the library is taken out of it.
+$(VENV)/tensorrt-8.6.0/libnvinfer.so.8: | $(VENV)/dev-installed
+	$(PIP) download --no-deps --only-binary=:all: --python-version 310 --platform manylinux_2_17_x86_64 \
+		--implementation cp --abi cp310 --dest $(VENV)/tensorrt-wheel tensorrt==8.6.0
+	$(BIN)/python -m zipfile -e $(VENV)/tensorrt-wheel/*.whl $(VENV)/tensorrt-wheel
+	mkdir -p $(@D)
+	mv $(VENV)/tensorrt-wheel/tensorrt/libnvinfer.so.8 $@
+	rm -rf $(VENV)/tensorrt-wheel
 
 $(VENV)/torch-installed:
 	$(PYTHON) -m venv $(VENV)
