@@ -79,9 +79,10 @@ def commit(folder: Path = Path(__file__).parent) -> str | None:
         return None
 
 
-def write_report(name: str, report: dict[str, Any], output: Path | None) -> None:
-    """Print a report as JSON, and write it where asked."""
+def write_report(name: str, report: dict[str, Any], output: Path | None, *, show: bool = True) -> None:
+    """Print a report as JSON, unless it is not to be shown, and write it where asked."""
     text = json.dumps({"benchmark": name, "commit": commit(), "machine": machine(), **report}, indent=1)
-    sys.stdout.write(text + "\n")
+    if show:
+        sys.stdout.write(text + "\n")
     if output is not None:
         output.write_text(text + "\n", "utf-8")
