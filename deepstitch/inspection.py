@@ -17,17 +17,13 @@ from typing import TYPE_CHECKING, Any
 from deepstitch.blockwise import WeightFormat
 from deepstitch.errors import BundleError, CheckpointError, InputError
 from deepstitch.manifest import MANIFEST_NAME, Manifest
-from deepstitch.memory_estimate import CACHE_BITS, DecoderShape, Memory, Workload, estimate_memory
+from deepstitch.memory_estimate import CACHE_BITS, WEIGHT_BYTES, DecoderShape, Memory, Workload, estimate_memory
 from deepstitch.tensorfile import TensorEntry, TensorFile
 
 if TYPE_CHECKING:
     from deepstitch.models.config import ModelConfig
 
-__all__ = ["FileStatus", "Inspection", "ModuleSize", "inspect"]
-
-_WEIGHT_BYTES: Mapping[str, float] = MappingProxyType(
-    {"fp32": 4, "fp16": 2, "int8": 1.125, "int4": 0.625}  # integers: blocks of 32, scales included
-)
+__all__ = ["FileStatus", "Inspection", "ModuleSize", "cache_dtype_of", "decoder_shape", "inspect"]
 
 # First match wins. The names are those of the checkpoints; the export keeps them for its initializers.
 _MODULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
@@ -156,7 +152,7 @@ def _inspect_checkpoint(folder: Path, request: Mapping[str, int | None]) -> Insp
 
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.config
-    shape = _decoder_shape(config)
+    shape = decoder_shape(config)
     entries = dict(checkpoint.entries)
     if config.text.tie_word_embeddings:
         entries.pop("lm_head.weight", None)  # some savers write the tied matrix twice
@@ -179,7 +175,7 @@ def _inspect_checkpoint(folder: Path, request: Mapping[str, int | None]) -> Insp
         workload=workload,
         memory=tuple(
             estimate_memory(shape, workload, weights, int(total * width), "float32")
-            for weights, width in _WEIGHT_BYTES.items()
+            for weights, width in WEIGHT_BYTES.items()
         ),
         graphs={},
     )
@@ -193,9 +189,9 @@ def _inspect_bundle(folder: Path, request: Mapping[str, int | None]) -> Inspecti
     config = ModelConfig.from_file(folder)
     formats = manifest.quantization.formats if manifest.quantization is not None else {}
     modules = _module_sizes(_stored_tensors(folder, files), formats)
-    shape = dataclasses.replace(_decoder_shape(config), stores_scores=manifest.target == "portable")
+    shape = dataclasses.replace(decoder_shape(config), stores_scores=manifest.target == "portable")
     workload = _workload(request, manifest.model.max_position_embeddings)
-    cache_dtype = _cache_dtype(manifest)
+    cache_dtype = cache_dtype_of(manifest)
     weight_bytes = sum(module.num_bytes for module in modules)
     origin = {
         "target": manifest.target,
@@ -256,7 +252,8 @@ def _moe_layers(config: ModelConfig) -> int:
     return sum(config.text.is_moe_layer(index) for index in range(config.text.num_hidden_layers))
 
 
-def _decoder_shape(config: ModelConfig) -> DecoderShape:
+def decoder_shape(config: ModelConfig) -> DecoderShape:
+    """The sizes that memory depends on; for the kernels that go through the scores in blocks."""
     text = config.text
     widths = [
         text.num_experts_per_tok * text.moe_intermediate_size if text.is_moe_layer(index) else text.intermediate_size
@@ -337,7 +334,12 @@ def _stored_tensors(folder: Path, files: Iterable[FileStatus]) -> list[TensorEnt
     return entries
 
 
-def _cache_dtype(manifest: Manifest) -> str:
+def cache_dtype_of(manifest: Manifest) -> str:
+    """What the KV cache holds, a key of :data:`deepstitch.memory_estimate.CACHE_BITS`.
+
+    Raises:
+        BundleError: something else.
+    """
     decoder = manifest.graphs.get("decoder")
     dtypes = {spec.dtype for spec in decoder.inputs if spec.name.startswith("past_key_values.")} if decoder else set()
     dtype = next(iter(dtypes), "float32")

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["CACHE_BITS", "DecoderShape", "Memory", "Workload", "estimate_memory"]
+__all__ = ["CACHE_BITS", "WEIGHT_BYTES", "DecoderShape", "Memory", "Workload", "estimate_memory"]
 
 CACHE_BITS: Mapping[str, int] = MappingProxyType({"float32": 32, "float16": 16, "int8": 8, "int4": 4})
+WEIGHT_BYTES: Mapping[str, float] = MappingProxyType(
+    {"fp32": 4, "fp16": 2, "int8": 1.125, "int4": 0.625}  # per value; integers: blocks of 32, scales included
+)
 _FLOAT_BYTES = 4  # the graphs compute in float32, whatever the weights are stored in
 
 

@@ -55,7 +55,7 @@ from deepstitch.models.fingerprint import fingerprint
 from deepstitch.runtime.verify import remember_files
 from deepstitch.tensorfile import TensorEntry
 
-__all__ = ["ExportConfig", "QuantizationConfig", "export_checkpoint"]
+__all__ = ["ExportConfig", "QuantizationConfig", "contracts", "export_checkpoint", "lowered_graphs", "weight_plan"]
 
 FLOAT_WEIGHTS = ("fp32", "fp16")
 WEIGHTS = (*FLOAT_WEIGHTS, *INTEGER_BITS, MIXED)
@@ -126,6 +126,7 @@ def export_checkpoint(config: ExportConfig) -> Path:
         DeepstitchError: the checkpoint, a flag or the output folder is refused; nothing is written.
     """
     target = find_target(config.target)
+    target.check(config)
     checkpoint = Checkpoint.open(config.checkpoint)
     sources = checkpoint.sources(expert_layout=config.expert_layout)
     if config.by_reference:
@@ -135,17 +136,17 @@ def export_checkpoint(config: ExportConfig) -> Path:
     facts.eos_token_ids(checkpoint.folder)  # refuses a damaged generation_config.json before any work
     refuse_existing(config.output, overwrite=config.overwrite)
     work = quantization_work(config, checkpoint, sources)
-    plan = _weight_plan(config, checkpoint, sources, work)
+    plan = weight_plan(config, checkpoint, sources, work)
     with _hashing(checkpoint.files if config.by_reference else (), config.progress) as hashes:
         scales = cache_scales(config, checkpoint, sources, work.calibration if work is not None else None)
-        graphs = _lowered_graphs(checkpoint, target, plan, QuantizeKVCache(kind, scales), config.progress)
+        graphs = lowered_graphs(checkpoint, target, plan, QuantizeKVCache(kind, scales), config.progress)
         table, stored = plan.embedding(facts.embedding_name(checkpoint.config))
         if work is not None:
             work.run()
         with atomic_folder(config.output, overwrite=config.overwrite) as folder:
             places, files = _write_weights(plan, checkpoint, folder, hashes, config.progress)
             location = {Path(name).name: name for name in files}
-            written = _write_graphs(graphs, plan, _contracts(checkpoint.config, kind.name), places, location, folder)
+            written = _write_graphs(graphs, plan, contracts(checkpoint.config, kind.name), places, location, folder)
             graph_files = (folder / graph.file for graph in written.values())
             reports = write_reports(work.search, folder) if work is not None and work.search is not None else []
             for path in (*copy_files(checkpoint.folder, folder), *graph_files, *reports):
@@ -160,7 +161,11 @@ def export_checkpoint(config: ExportConfig) -> Path:
                 quantization=work.facts() if work is not None else None,
                 command=_command(config, work),
                 versions=_versions(),
-                model=facts.model_facts(checkpoint, batched_continuation=target.batched_continuation),
+                model=facts.model_facts(
+                    checkpoint,
+                    batched_continuation=target.batched_continuation,
+                    kv_cache_in_place=target.kv_cache_in_place,
+                ),
                 vision=facts.vision_facts(checkpoint.config),
                 embedding=EmbeddingTable(
                     file=location[place.path.name], tensor=place.name, stored=str(stored.stored) if stored else None
@@ -177,9 +182,10 @@ def export_checkpoint(config: ExportConfig) -> Path:
     return config.output
 
 
-def _weight_plan(
+def weight_plan(
     config: ExportConfig, checkpoint: Checkpoint, sources: Mapping[str, WeightSource], work: QuantizationWork | None
 ) -> WeightPlan:
+    """An empty plan for the checkpoint's weights."""
     tied = checkpoint.config.text.tie_word_embeddings
     return WeightPlan(
         sources,
@@ -213,9 +219,10 @@ def _refuse_other_layouts(sources: Mapping[str, WeightSource]) -> None:
             )
 
 
-def _lowered_graphs(
+def lowered_graphs(
     checkpoint: Checkpoint, target: Target, plan: WeightPlan, cache: QuantizeKVCache, progress: bool
 ) -> dict[str, ir.Model]:
+    """The graphs of a target, bound to the plan; their weights are names, shapes and dtypes."""
     tracers: dict[str, Callable[..., ir.Model]] = {DECODER: trace_decoder}
     if checkpoint.config.vision is not None:
         tracers[VISION_ENCODER] = trace_vision_encoder
@@ -248,11 +255,12 @@ def _write_weights(
     return places, files
 
 
-def _contracts(config: ModelConfig, kv_cache: str) -> dict[str, Contract]:
-    contracts = {DECODER: decoder_contract(config, kv_cache)}
+def contracts(config: ModelConfig, kv_cache: str) -> dict[str, Contract]:
+    """Inputs and outputs of every graph."""
+    found = {DECODER: decoder_contract(config, kv_cache)}
     if config.vision is not None:
-        contracts[VISION_ENCODER] = vision_contract(config.vision)
-    return contracts
+        found[VISION_ENCODER] = vision_contract(config.vision)
+    return found
 
 
 def _write_graphs(

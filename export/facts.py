@@ -55,7 +55,7 @@ def active_parameters(text: TextConfig, total: int) -> int:
     return total - moe_layers * (text.num_experts - text.num_experts_per_tok) * per_expert
 
 
-def model_facts(checkpoint: Checkpoint, *, batched_continuation: bool) -> ModelFacts:
+def model_facts(checkpoint: Checkpoint, *, batched_continuation: bool, kv_cache_in_place: bool = True) -> ModelFacts:
     """The manifest's ``model`` section."""
     config, text = checkpoint.config, checkpoint.config.text
     total = sum(math.prod(source.shape) for source in checkpoint.sources().values())
@@ -71,7 +71,7 @@ def model_facts(checkpoint: Checkpoint, *, batched_continuation: bool) -> ModelF
         num_deepstack=config.num_deepstack,
         num_parameters=total,
         num_active_parameters=active_parameters(text, total),
-        kv_cache_in_place=True,
+        kv_cache_in_place=kv_cache_in_place,
         batched_continuation=batched_continuation,
         rope_theta=text.rope_theta,
         mrope_section=text.mrope_section,

@@ -15,6 +15,7 @@ from deepstitch.export.quantize.recipe import Recipe, matrix_shape
 from deepstitch.export.quantize.store import QuantizedStore
 from deepstitch.export.quantize.stored import Form, QuantizedTensor, QuantizedWeight
 from deepstitch.models.checkpoint import WeightSource
+from deepstitch.plugins.common.schema import DOMAIN as PLUGINS
 from deepstitch.tensorfile import DTYPE_BYTES, TensorEntry
 
 __all__ = ["AnyTensor", "PlannedTensor", "Relayout", "WeightPlan"]
@@ -23,6 +24,7 @@ _IR_DTYPE = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.Da
 _BLOCK_BYTES = 64 << 20  # float32 bytes converted at a time; bounds the memory of an export
 _ROUTER = ".mlp.gate.weight"
 _VISION = "model.visual."
+_PACKED = ".words"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,11 @@ class WeightPlan:
         """Shape of the parameter behind an initializer."""
         return self._sources[self.parameter(value.name or "")].shape
 
+    def dtype(self, value: ir.Value) -> str:
+        """Safetensors dtype that the floating-point parameter behind an initializer is, or would be, stored in."""
+        name = self.parameter(value.name or "")
+        return self._stored_dtype(name, self._sources[name])
+
     def may_move(self, value: ir.Value) -> bool:
         """Whether a weight's layout may change: not where something else reads the same bytes."""
         return self.parameter(value.name or "") != self._tied
@@ -201,9 +208,15 @@ class WeightPlan:
         return self._quantized.get(self.parameter(value.name or "")) if value is not None else None
 
     def add_quantized(self, weight: QuantizedWeight, form: Form, graph: ir.Graph) -> list[ir.Value]:
-        """Plan a quantized weight in some layout, replacing an earlier one; returns its initializers."""
+        """Plan a quantized weight in some layout, replacing an earlier one; returns its initializers.
+
+        A table that the head shares stays as the runtime reads it; words for a plugin are another tensor then.
+        """
         values = []
-        for tensor in weight.tensors(form):
+        shared = f"{weight.name}{_PACKED}" if form == "plugin" and weight.name == self._tied else None
+        if form == "plugin":
+            self.tensors.pop(f"{weight.name}.zero_points", None)  # of the form it had; all are the middle
+        for tensor in weight.tensors(form, packed_name=shared):
             self.tensors[tensor.name] = tensor
             value = graph.initializers.get(tensor.name)
             if value is None:
@@ -293,7 +306,9 @@ class WeightPlan:
 
 
 def _cast_to_float32(value: ir.Value, graph: ir.Graph) -> None:
-    users = list(value.uses())
+    users = [(node, index) for node, index in value.uses() if node.domain != PLUGINS]  # those take it as it is stored
+    if not users:
+        return
     cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{value.name}/Cast")
     cast.outputs[0].name = f"{value.name}.float32"
     cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from deepstitch.errors import BundleError, InputError, UnsupportedError
 from deepstitch.export.compare.candidate import Candidate
 from deepstitch.export.compare.cases import CASES, Case
+from deepstitch.export.compare.definition_engine import comparison_engine
 from deepstitch.export.compare.inputs import CaseInputs, InputMaker
 from deepstitch.export.compare.memory import check_memory
 from deepstitch.export.compare.metrics import StageResult, compare_stage
@@ -24,7 +25,7 @@ from deepstitch.export.compare.stored_weights import compare_stored_weights
 from deepstitch.export.compare.tolerance import Tolerance
 from deepstitch.manifest import Manifest
 from deepstitch.runtime.bundle import Bundle
-from deepstitch.runtime.engine import open_engine
+from deepstitch.runtime.engine.ort import ORT_TARGETS
 
 __all__ = ["AGAINST", "checkpoint_of", "compare_bundle", "make_inputs", "measure", "reference_opener", "run_reference"]
 
@@ -63,6 +64,11 @@ def compare_bundle(
         DeepstitchError: something is missing or refused; nothing was compared.
     """
     began = time.perf_counter()
+    if script is not None and bundle.manifest.target not in ORT_TARGETS:
+        raise UnsupportedError(
+            f"--polygraphy-script: {bundle.folder} was exported for {bundle.manifest.target}; a script runs the "
+            "graphs as they are in ONNX Runtime, where there are no plugins; write that of a portable bundle"
+        )
     opener, others = reference_opener(bundle, against, checkpoint, reference, expert_layout)
     tolerance = Tolerance.for_bundles(bundle.manifest, *others).replace(settings)
     inputs, skipped = make_inputs(bundle, cases)
@@ -169,7 +175,7 @@ def measure(case: str, actual: Stages, expected: Stages, tolerance: Tolerance) -
 @contextlib.contextmanager
 def _candidate(bundle: Bundle, *, through_polygraphy: bool) -> Iterator[Candidate]:
     if not through_polygraphy:
-        yield Candidate(open_engine("ort", bundle))
+        yield Candidate(comparison_engine(bundle))
         return
     with _polygraphy_candidate(bundle) as candidate:
         yield candidate

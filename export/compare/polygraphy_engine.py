@@ -76,7 +76,7 @@ class PolygraphyEngine:
             stack.enter_context(G_LOGGER.verbosity(G_LOGGER.CRITICAL))  # it writes to stdout, which may be JSON
             graphs = {}
             for name in bundle.manifest.graphs:
-                runner = OnnxrtRunner(partial(_session, str(bundle.graph_path(name))), name=name)
+                runner = OnnxrtRunner(partial(_session, bundle, name), name=name)
                 graphs[name] = PolygraphyGraph(stack.enter_context(runner))
             yield cls(bundle, graphs)
 
@@ -91,12 +91,18 @@ class PolygraphyEngine:
         return outputs["image_embeds"], outputs["deepstack_embeds"]
 
 
-def _session(path: str) -> Any:
+def _session(bundle: Bundle, name: str) -> Any:
     """What Polygraphy's own loader makes, without warning in every call that caches are copied."""
     import onnxruntime
 
+    from deepstitch.export.compare.definition_engine import definition_session
+    from deepstitch.runtime.engine.ort import ORT_TARGETS
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if bundle.manifest.target not in ORT_TARGETS:
+        return definition_session(bundle, name, options)
+    path = str(bundle.graph_path(name))
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

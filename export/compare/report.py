@@ -91,6 +91,8 @@ def _argmax(result: StageResult) -> str:
 def table_lines(comparison: Comparison) -> Iterator[str]:
     """The whole report, for a screen."""
     yield f"{comparison.bundle} ({comparison.target}, {comparison.weights}) against {comparison.against}"
+    if comparison.target.startswith("trt"):
+        yield "in ONNX Runtime: every plugin is computed by the function that defines it"
     header = ("case", "stage", "max abs", "max rel", "cosine", "argmax", "limit", "")
     rows = [header]
     previous = ""

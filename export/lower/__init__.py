@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from deepstitch.errors import UnsupportedError, did_you_mean
 from deepstitch.export.weights import WeightPlan
+
+if TYPE_CHECKING:
+    from deepstitch.export.exporter import ExportConfig
 
 __all__ = ["TARGETS", "Target", "target"]
 
@@ -20,21 +24,24 @@ class Target:
 
     Attributes:
         passes: builds the target's pass list; it may register weight layouts with the plan.
-        batched_continuation: see :class:`deepstitch.manifest.ModelFacts`.
+        batched_continuation: see :class:`deepstitch.manifest.ModelFacts`; ``kv_cache_in_place`` likewise.
+        check: refuses what the target cannot hold, by the flags alone.
     """
 
     name: str
     passes: Callable[[WeightPlan], list[ir.passes.InPlacePass]]
     batched_continuation: bool
+    kv_cache_in_place: bool = True
+    check: Callable[[ExportConfig], None] = lambda config: None
 
 
 def _targets() -> Mapping[str, Target]:
-    from deepstitch.export.lower import ort_cpu, portable
+    from deepstitch.export.lower import ort_cpu, portable, trt8
 
-    return MappingProxyType({each.name: each for each in (portable.TARGET, ort_cpu.TARGET)})
+    return MappingProxyType({each.name: each for each in (portable.TARGET, ort_cpu.TARGET, trt8.TARGET)})
 
 
-TARGETS = ("portable", "ort-cpu")
+TARGETS = ("portable", "ort-cpu", "trt8")
 
 
 def target(name: str) -> Target:

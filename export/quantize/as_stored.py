@@ -32,12 +32,20 @@ def stored_parameters(bundle: Bundle) -> Iterator[tuple[str, npt.NDArray[np.floa
             zero_points = unpack_zero_points(
                 np.asarray(tensors[f"{name}.zero_points"].read()), scales.shape, stored.bits
             )
-        values = np.asarray(tensors[name].read()).reshape(*scales.shape, -1)
+        values = _bytes(np.asarray(tensors[name].read()), stored).reshape(*scales.shape, -1)
         if name.endswith("experts.gate_up_proj") and manifest.target in _INTERLEAVING_TARGETS:
             values, scales = _gate_then_up(values), _gate_then_up(scales)
             zero_points = None if zero_points is None else _gate_then_up(zero_points)
         weight = dequantize(values, scales, zero_points, stored)
         yield name, np.ascontiguousarray(weight.swapaxes(1, 2)) if is_expert(name) else weight
+
+
+def _bytes(values: npt.NDArray[Any], stored: WeightFormat) -> npt.NDArray[np.uint8]:
+    """Unsigned numbers, byte by byte, from those or from the words that plugins read."""
+    if values.dtype == np.uint8:
+        return values
+    unsigned = np.ascontiguousarray(values).view(np.uint8)
+    return unsigned ^ np.uint8(stored.middle) if stored.bits == 8 else unsigned
 
 
 def _gate_then_up(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:

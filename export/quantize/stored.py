@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from deepstitch.tensorfile import DTYPE_BYTES
 
 __all__ = ["Form", "QuantizedTensor", "QuantizedWeight"]
 
-Form = Literal["onnx", "nbits", "qmoe", "qmoe-interleaved"]
-"""``onnx``: DequantizeLinear. ``nbits``: MatMulNBits. ``qmoe``: QMoE, interleaved where gate and up rows alternate."""
+Form = Literal["onnx", "nbits", "qmoe", "qmoe-interleaved", "plugin"]
+"""``onnx``: DequantizeLinear. ``nbits``: MatMulNBits. ``qmoe``: QMoE, interleaved where gate and up rows alternate.
+``plugin``: words of four signed or eight four-bit numbers, for the plugins."""
 
 _STEP_BYTES = 32 << 20
 _UNSIGNED = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
@@ -38,6 +40,7 @@ class QuantizedTensor:
         weight: what it belongs to.
         form: layout.
         constant: fill value of a tensor that is not in the store.
+        stored_name: in the store, where it is another.
     """
 
     name: str
@@ -49,6 +52,7 @@ class QuantizedTensor:
     weight: QuantizedWeight
     form: Form
     constant: int | None = None
+    stored_name: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +64,7 @@ class QuantizedTensor:
         if self.constant is not None:
             yield from self._filled(self.constant)
             return
-        array = self.store[self.name].read()
+        array = self.store[self.stored_name or self.name].read()
         step = 2 * max(1, _STEP_BYTES // max(1, 2 * array.nbytes // len(array)))  # even: two numbers to a byte
         for start in range(0, len(array), step):
             yield self._arranged(np.ascontiguousarray(array[start : start + step]))
@@ -77,6 +81,9 @@ class QuantizedTensor:
         if self.form == "onnx" and self.name.endswith(".zero_points") and self.weight.stored.bits == 4:
             blocks = self.weight.shape[-1] // self.weight.stored.block
             part = pack(unpack(part, 4)[..., :blocks].reshape(-1), 4)  # ONNX pads the tensor, not each row
+        if self.form == "plugin" and self.dtype == "I32":
+            signed = part ^ 0x80 if self.weight.stored.bits == 8 else part  # the middle, 128, becomes 0
+            part = signed.reshape(*signed.shape[:-2], -1).view("<i4")
         return np.ascontiguousarray(part)
 
 
@@ -96,10 +103,16 @@ class QuantizedWeight:
     shape: tuple[int, ...]
     store: QuantizedStore
 
-    def tensors(self, form: Form) -> tuple[QuantizedTensor, ...]:
-        """Values, scales and, if there are any in this form, zero points."""
+    def tensors(self, form: Form, *, packed_name: str | None = None) -> tuple[QuantizedTensor, ...]:
+        """Values, scales and, if there are any in this form, zero points.
+
+        Args:
+            form: layout.
+            packed_name: of the values in form ``plugin``, where something else reads the same numbers in another form.
+        """
         scales = self.stored.scales_shape(self.shape)
-        tensors = [self._values(form), self._tensor(form, ".scales", "F32", scales, ir.DataType.FLOAT)]
+        values = self._packed(packed_name or self.name) if form == "plugin" else self._values(form)
+        tensors = [values, self._tensor(form, ".scales", "F32", scales, ir.DataType.FLOAT)]
         if form == "onnx" or not self.stored.symmetric:
             tensors.append(self._zero_points(form, scales))
         return tuple(tensors)
@@ -110,6 +123,11 @@ class QuantizedWeight:
         if form == "onnx":
             return self._tensor(form, "", "U8", in_rows, _UNSIGNED[self.stored.bits], self.shape)
         return self._tensor(form, "", "U8", in_blocks if form == "nbits" else in_rows, ir.DataType.UINT8)
+
+    def _packed(self, name: str) -> QuantizedTensor:
+        words = (*self.shape[:-1], self.shape[-1] * self.stored.bits // 32)
+        tensor = self._tensor("plugin", "", "I32", words, ir.DataType.INT32)
+        return dataclasses.replace(tensor, name=name, stored_name=self.name)
 
     def _zero_points(self, form: Form, scales: tuple[int, ...]) -> QuantizedTensor:
         if form != "onnx":

@@ -20,7 +20,10 @@ from deepstitch.runtime.engine.packed import packed_graph
 if TYPE_CHECKING:
     from deepstitch.runtime.preprocess import VisionBatch
 
-__all__ = ["OrtEngine", "OrtGraph"]
+__all__ = ["ORT_TARGETS", "OrtEngine", "OrtGraph"]
+
+ORT_TARGETS = ("portable", "ort-cpu")
+"""Export targets whose graphs ONNX Runtime runs."""
 
 _FATAL_ONLY = 4
 _REASON_LENGTH = 200
@@ -90,8 +93,10 @@ class OrtEngine:
 
         Raises:
             InputError: ``threads`` below 1.
-            BundleError: ONNX Runtime refuses a graph, or it differs from the manifest.
+            BundleError: the bundle is for another runtime, ONNX Runtime refuses a graph, or it differs from the
+                manifest.
         """
+        _refuse_other_targets(bundle)
         if threads is not None and threads < 1:
             raise InputError(f"threads={threads}: use 1 or more, or leave it out for one per core")
         self.bundle = bundle
@@ -118,6 +123,16 @@ class OrtEngine:
             raise InputError(f"{self.bundle.folder}: this model takes text only; leave out images and videos")
         outputs = self._graphs[VISION_ENCODER].run(batch.graph_inputs())
         return outputs["image_embeds"], outputs["deepstack_embeds"]
+
+
+def _refuse_other_targets(bundle: Bundle) -> None:
+    """Graphs with TensorRT plugins are whole graphs, but not for this engine."""
+    target = bundle.manifest.target
+    if target not in ORT_TARGETS:
+        raise BundleError(
+            f"{bundle.folder}: exported with --target {target}, which ONNX Runtime does not run; make an engine of it "
+            f"with 'deepstitch build {bundle.folder} --target {target}', or export the checkpoint with --target ort-cpu"
+        )
 
 
 def _load(bundle: Bundle, name: str, *, threads: int | None, packed_cache: bool) -> onnxruntime.InferenceSession:

@@ -9,13 +9,14 @@ import onnx_ir as ir
 import pytest
 
 from deepstitch.export.functions import DOMAIN, parse_functions
-from deepstitch.export.lower import TARGETS, ort_cpu, target
+from deepstitch.export.lower import ort_cpu, target
 from deepstitch.export.passes.cached_attention_to_ort import CachedAttentionToOrt
 from deepstitch.export.passes.inline_functions import InlineFunctions
 from deepstitch.export.passes.scatter_deepstack import ScatterDeepStack
 from deepstitch.export.passes.split_sequences import SplitSequences
 from deepstitch.models import ModelConfig
 from deepstitch.models.checkpoint import Checkpoint
+from deepstitch.runtime.engine.ort import ORT_TARGETS
 
 from .graphs import (
     CALLS,
@@ -195,7 +196,7 @@ def test_equal_segments_are_one_batch(
     assert np.allclose(changed, run(rewritten.before, feeds)["image_embeds"], atol=1e-4) == same
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", ORT_TARGETS)
 def test_only_wanted_rows_reach_the_head(name: str, moe: Checkpoint, traced_decoder: Trace) -> None:
     """From the choice of rows on, every shape has L where it had S."""
     model = traced_decoder(moe.config)
@@ -213,7 +214,7 @@ def test_only_wanted_rows_reach_the_head(name: str, moe: Checkpoint, traced_deco
     assert node.outputs[0].shape == ["B", "L", moe.config.text.hidden_size]
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", ORT_TARGETS)
 def test_logits_of_a_row_do_not_depend_on_the_others(name: str, moe: Checkpoint, traced_decoder: Trace) -> None:
     model = traced_decoder(moe.config)
     plan = weight_plan(moe)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from deepstitch.export.functions import DOMAIN, OPSET
-from deepstitch.export.lower import TARGETS, target
+from deepstitch.export.lower import target
 from deepstitch.export.passes.constant_reshapes import ConstantReshapes
 from deepstitch.export.passes.inline_functions import InlineFunctions
 from deepstitch.export.passes.moe_to_ort import MoEToOrt
@@ -18,6 +18,7 @@ from deepstitch.export.passes.transpose_weights import TransposeWeights
 from deepstitch.export.weights import WeightPlan
 from deepstitch.models import ModelConfig
 from deepstitch.models.checkpoint import Checkpoint
+from deepstitch.runtime.engine.ort import ORT_TARGETS
 
 from .graphs import (
     CALLS,
@@ -212,7 +213,7 @@ class TestInlineFunctions:
             InlineFunctions()(model)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", ORT_TARGETS)
 @pytest.mark.parametrize("options", [{}, {"by_reference": True}], ids=["written", "by reference"])
 def test_whole_pass_lists(
     name: str, options: dict[str, bool], moe: Checkpoint, traced_decoder: Trace, traced_vision_encoder: Trace

@@ -10,13 +10,14 @@ import pytest
 
 from deepstitch.export.contract import decoder_contract, vision_contract
 from deepstitch.export.functions import DOMAIN
-from deepstitch.export.lower import TARGETS, target
+from deepstitch.export.lower import target
 from deepstitch.export.trace import INV_FREQ, trace_decoder
 from deepstitch.export.weights import WeightPlan
 from deepstitch.manifest import TensorSpec
 from deepstitch.models import ModelConfig, load_model
 from deepstitch.models.build import expected_parameters
 from deepstitch.models.checkpoint import Checkpoint
+from deepstitch.runtime.engine.ort import ORT_TARGETS
 
 from .graphs import (
     CALLS,
@@ -143,7 +144,7 @@ def lowered_nodes(config: ModelConfig, name: str, trace: Trace) -> int:
     return sum(1 for _ in model.graph.all_nodes())  # subgraphs included
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", ORT_TARGETS)
 def test_node_budget_of_the_30b_decoder(name: str, checkpoints: Checkpoints, traced_decoder: Trace) -> None:
     """48 layers and 128 experts stay under 4,000 nodes.
 
