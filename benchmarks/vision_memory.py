@@ -2,10 +2,10 @@
 
     python -m benchmarks.vision_memory BUNDLE --output benchmarks/results/vision_memory.json
 
-Each row is a process of its own: pictures of one size (packed as one batch) or of two sizes (one after the other), in one
-call of the encoder. Reported is the peak of resident memory above what the loaded graph had, per picture; memory linear
-in the number of pictures means that the figure does not grow. The scores of one head over all patches at once, which
-a mask over the packed sequence would need, are given for comparison.
+Each row is a process of its own: pictures of one size (packed as one batch) or of two sizes (one after the other), in
+one call of the encoder. Reported is the peak of resident memory above what the loaded graph had, per picture; memory
+linear in the number of pictures means that the figure does not grow. The scores of one head over all patches at once,
+which a mask over the packed sequence would need, are given for comparison.
 """
 
 from __future__ import annotations

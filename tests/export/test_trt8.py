@@ -25,12 +25,12 @@ Export = Callable[..., Any]
 EXACT = Tolerance.for_kinds("fp32")
 MODELS = [
     pytest.param("qwen3_vl_moe", WIDE, "fp32", {}, id="vl_moe"),
-    pytest.param("qwen3_vl_moe", WIDE, "fp16", {}, id="vl_moe-fp16"),
-    pytest.param("qwen3_vl_moe", WIDE, "int8", {}, id="vl_moe-int8"),
+    pytest.param("qwen3_vl_moe", WIDE, "fp16", {}, id="vl_moe-fp16", marks=pytest.mark.slow),
+    pytest.param("qwen3_vl_moe", WIDE, "int8", {}, id="vl_moe-int8", marks=pytest.mark.slow),
     pytest.param("qwen3_vl_moe", WIDE, "int4", {}, id="vl_moe-int4"),
     pytest.param("qwen3_vl", NARROW, "fp32", {}, id="vl-narrow"),
     pytest.param("qwen3_vl", WIDE, "int4", {"tied": True}, id="vl-int4-tied"),
-    pytest.param("qwen3_moe", NARROW, "int8", {}, id="moe-int8-narrow"),
+    pytest.param("qwen3_moe", NARROW, "int8", {}, id="moe-int8-narrow", marks=pytest.mark.slow),
     pytest.param("qwen3_moe", WIDE, "fp32", {"norm_topk_prob": False}, id="moe-probabilities"),
     pytest.param("qwen3", WIDE, "int8", {"tied": True}, id="text-int8-tied"),
     pytest.param("qwen3", WIDE, "fp16", {"tied": True, "num_attention_heads": 8}, id="text-fp16-tied"),
@@ -52,7 +52,7 @@ def test_every_case_is_that_of_portable(
     assert len({result.case for result in measured}) == len(expected) >= 5
 
 
-@pytest.mark.parametrize("head_dim", [WIDE, NARROW])
+@pytest.mark.parametrize("head_dim", [WIDE, pytest.param(NARROW, marks=pytest.mark.slow)])
 def test_a_cache_of_fp16(head_dim: int, checkpoints: Checkpoints, export: Export) -> None:
     checkpoint = fitting(checkpoints, "qwen3", head_dim)
     expected = dict(stages(export(checkpoint, target="portable", kv_cache="fp16").bundle))

@@ -26,12 +26,22 @@ Export = Callable[..., Any]
 
 FLAGS = ["--target", "trt8", "--check", "--image-patches", "64", "--max-context", "128", "--prefill-chunk", "16"]
 LIMITS = Limits(images=2, image_patches=64, max_context=128, batch=3, prefill_chunk=16)
+WIDTHS = {"qwen3_vl_moe": WIDE, "qwen3_vl": NARROW, "qwen3_moe": WIDE, "qwen3": WIDE}
+SOME = {
+    ("qwen3_vl_moe", "fp32"),
+    ("qwen3_vl_moe", "int4"),
+    ("qwen3_vl", "int8"),
+    ("qwen3_moe", "fp16"),
+    ("qwen3", "int4"),
+}
+FAMILIES = [
+    pytest.param(family, width, weights, marks=() if (family, weights) in SOME else pytest.mark.slow)
+    for family, width in WIDTHS.items()
+    for weights in ("fp32", "fp16", "int8", "int4")
+]
 
 
-@pytest.mark.parametrize("weights", ["fp32", "fp16", "int8", "int4"])
-@pytest.mark.parametrize(
-    ("family", "head_dim"), [("qwen3_vl_moe", WIDE), ("qwen3_vl", NARROW), ("qwen3_moe", WIDE), ("qwen3", WIDE)]
-)
+@pytest.mark.parametrize(("family", "head_dim", "weights"), FAMILIES)
 def test_every_family_passes(family: str, head_dim: int, weights: str, checkpoints: Checkpoints) -> None:
     checkpoint = fitting(checkpoints, family, head_dim)
     subject = Subject.from_checkpoint(checkpoint.folder, "trt8", Stored(weights=weights))
