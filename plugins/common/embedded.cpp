@@ -4,14 +4,7 @@
 
 #include <sstream>
 
-#if !defined(DEEPSTITCH_OPS)
-#define DEEPSTITCH_OPS                  \
-    DEEPSTITCH_OP(moe_experts)          \
-    DEEPSTITCH_OP(sparse_attention)     \
-    DEEPSTITCH_OP(quantized_linear)     \
-    DEEPSTITCH_OP(rms_norm_rope)        \
-    DEEPSTITCH_OP(deepstack_add)
-#endif
+#include "op_list.h"
 
 // Sections rather than arrays: `deepstitch plugins check` finds them by name, and they need no time to compile.
 #define DEEPSTITCH_SYMBOL(name) ".globl " name "\n.hidden " name "\n" name ":\n"

@@ -152,20 +152,32 @@ __device__ inline void moe_down_single(const MoEExpertsParams& p) {
 }
 
 // Several tokens: the arithmetic of a tile is that of the next power of two.
+template <int kCount>
+struct TokenCount {
+    static constexpr int value = kCount;
+};
+
+template <class Body>
+__device__ __forceinline__ void for_token_count(int count, const Body& body) {
+    if (count == 1) {
+        body(TokenCount<1>());
+    } else if (count == 2) {
+        body(TokenCount<2>());
+    } else if (count <= 4) {
+        body(TokenCount<4>());
+    } else {
+        body(TokenCount<8>());
+    }
+}
+
 template <LinearFormat format>
 __device__ inline void moe_gate_up_few(const MoEExpertsParams& p) {
     STATIC_SHARED(GemvShared<format>, shared, 1);
     if (static_cast<int>(blockIdx.y) >= __ldg(p.tile_count)) return;
     const MoETile tile = p.tiles[blockIdx.y];
-    if (tile.count == 1) {
-        moe_gate_up_tile<format, 1, false>(p, tile, shared[0]);
-    } else if (tile.count == 2) {
-        moe_gate_up_tile<format, 2, false>(p, tile, shared[0]);
-    } else if (tile.count <= 4) {
-        moe_gate_up_tile<format, 4, false>(p, tile, shared[0]);
-    } else {
-        moe_gate_up_tile<format, 8, false>(p, tile, shared[0]);
-    }
+    for_token_count(tile.count, [&](auto tokens) {
+        moe_gate_up_tile<format, decltype(tokens)::value, false>(p, tile, shared[0]);
+    });
 }
 
 template <LinearFormat format>
@@ -173,15 +185,9 @@ __device__ inline void moe_down_few(const MoEExpertsParams& p) {
     STATIC_SHARED(GemvShared<format>, shared, 1);
     if (static_cast<int>(blockIdx.y) >= __ldg(p.tile_count)) return;
     const MoETile tile = p.tiles[blockIdx.y];
-    if (tile.count == 1) {
-        moe_down_tile<format, 1, false>(p, tile, shared[0]);
-    } else if (tile.count == 2) {
-        moe_down_tile<format, 2, false>(p, tile, shared[0]);
-    } else if (tile.count <= 4) {
-        moe_down_tile<format, 4, false>(p, tile, shared[0]);
-    } else {
-        moe_down_tile<format, 8, false>(p, tile, shared[0]);
-    }
+    for_token_count(tile.count, [&](auto tokens) {
+        moe_down_tile<format, decltype(tokens)::value, false>(p, tile, shared[0]);
+    });
 }
 
 // ---- Prefill. Grid (units or outputs, tiles): the blocks of a tile of slots follow each other and share its x.

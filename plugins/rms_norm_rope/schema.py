@@ -50,8 +50,7 @@ _NORM_OF_SUM = """
     y = CastLike (normed, x)
 """
 
-# Pair j takes the height position if j % 3 == 1 and j < 3 * section[1], the width position if j % 3 == 2 and j < 3 *
-# section[2], else the temporal one; it is element j of the head with element j + head_dim / 2.
+# Pair j is element j of the head with element j + head_dim / 2.
 _NORM_ROPE = """
     x_float = Cast <to = 1> (x)
     leading = Shape <start = 0, end = 2> (x)
@@ -62,29 +61,7 @@ _NORM_ROPE = """
     by_head = Concat <axis = 0> (leading, heads, head_dim)
     values = Reshape <allowzero = 1> (x_float, by_head)
     NORMED
-    zero = Constant <value_int = 0> ()
-    one = Constant <value_int = 1> ()
-    two = Constant <value_int = 2> ()
-    three = Constant <value_int = 3> ()
-    section = Constant <value_ints: ints = @mrope_section> ()
-    limits = Mul (section, three)
-    height_limit = Gather (limits, one)
-    width_limit = Gather (limits, two)
-    pairs = Size (inv_freq)
-    pair = Range (zero, pairs, one)
-    phase = Mod (pair, three)
-    height_phase = Equal (phase, one)
-    below_height = Less (pair, height_limit)
-    takes_height = And (height_phase, below_height)
-    width_phase = Equal (phase, two)
-    below_width = Less (pair, width_limit)
-    takes_width = And (width_phase, below_width)
-    height_or_time = Where (takes_height, one, zero)
-    axis = Where (takes_width, two, height_or_time)
-    by_pair = Gather <axis = 0> (position_ids, axis)
-    positions_int = Transpose <perm = [1, 2, 0]> (by_pair)
-    positions = Cast <to = 1> (positions_int)
-    angles = Mul (positions, inv_freq)
+    ANGLES
     head_axis = Constant <value_ints = [2]> ()
     angles_apart = Unsqueeze (angles, head_axis)
     cos = Cos (angles_apart)
@@ -128,12 +105,14 @@ def _outputs(attributes: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
 
 def _function(attributes: Mapping[str, Any]) -> onnx.FunctionProto:
     from deepstitch.plugins.common.linear_function import parse_function
+    from deepstitch.plugins.common.mrope_function import MROPE_ANGLES
 
     of_sum = _NORM_OF_SUM if attributes["has_residual"] else _NORM
     nodes = _NORM_ROPE if attributes["mode"] == "norm_rope" else of_sum
     normed = _NORMED.replace("EPSILON", f"{attributes['epsilon']:.9e}")
     inputs, outputs = (", ".join(spec.name for spec in make(attributes)) for make in (_inputs, _outputs))
-    return parse_function(f"{_HEADER} ({inputs}) => ({outputs})\n{{{nodes.replace('NORMED', normed)}}}")
+    body = nodes.replace("NORMED", normed).replace("ANGLES", MROPE_ANGLES)
+    return parse_function(f"{_HEADER} ({inputs}) => ({outputs})\n{{{body}}}")
 
 
 SCHEMA = OpSchema(name="RMSNormRope", attributes=_ATTRIBUTES, inputs=_inputs, outputs=_outputs, function=_function)
