@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from deepstitch.export.quantize.kv_scales import cache_scales
 from deepstitch.export.quantize.recipe import INTEGER_BITS, Recipe
 from deepstitch.export.quantize.report import write_reports
 from deepstitch.export.quantize.work import MIXED, QuantizationConfig, QuantizationWork, quantization_work
-from deepstitch.export.trace import trace_decoder, trace_vision_encoder
+from deepstitch.export.trace_cache import canonical_graph
 from deepstitch.export.weights import PlannedTensor, WeightPlan
 from deepstitch.export.writer import (
     REFERENCE_FOLDER,
@@ -223,13 +223,10 @@ def lowered_graphs(
     checkpoint: Checkpoint, target: Target, plan: WeightPlan, cache: QuantizeKVCache, progress: bool
 ) -> dict[str, ir.Model]:
     """The graphs of a target, bound to the plan; their weights are names, shapes and dtypes."""
-    tracers: dict[str, Callable[..., ir.Model]] = {DECODER: trace_decoder}
-    if checkpoint.config.vision is not None:
-        tracers[VISION_ENCODER] = trace_vision_encoder
+    names = [DECODER] if checkpoint.config.vision is None else [DECODER, VISION_ENCODER]
     graphs = {}
-    steps = tqdm(tracers.items(), desc="trace and lower", unit="graph", disable=None if progress else True)
-    for name, trace in steps:
-        model = trace(checkpoint.config)
+    for name in tqdm(names, desc="trace and lower", unit="graph", disable=None if progress else True):
+        model = canonical_graph(name, checkpoint.config)
         for each in (QuantizeWeights(plan), cache, *target.passes(plan)):
             each(model)
         plan.bind(model)

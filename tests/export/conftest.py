@@ -1,17 +1,20 @@
-"""Traced graphs and exported bundles, made once per session: tracing is what a tiny export costs."""
+"""Canonical graphs, and bundles exported once per session."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import pytest
 
-from deepstitch.export import exporter, trace
+from deepstitch.export import exporter
+from deepstitch.export.contract import DECODER, VISION_ENCODER
+from deepstitch.export.trace_cache import canonical_graph
 from deepstitch.models import ModelConfig
 from deepstitch.models.checkpoint import Checkpoint
 
@@ -20,35 +23,23 @@ from ..tiny import write_tiny_checkpoint
 Trace = Callable[[ModelConfig], ir.Model]
 
 
-def _remembering(function: Trace, key: Callable[[ModelConfig], object]) -> Trace:
-    traced: dict[object, ir.Model] = {}
-
-    def traced_once(config: ModelConfig) -> ir.Model:
-        if key(config) not in traced:
-            traced[key(config)] = function(config)
-        return traced[key(config)].clone()
-
-    return traced_once
-
-
 @pytest.fixture(scope="session")
 def traced_decoder() -> Trace:
-    """``trace_decoder`` that traces a config once and hands out copies."""
-    return _remembering(trace.trace_decoder, lambda config: config)
+    """The canonical decoder of a config, from the cache if it is there."""
+    return functools.partial(canonical_graph, DECODER)
 
 
 @pytest.fixture(scope="session")
 def traced_vision_encoder() -> Trace:
-    return _remembering(trace.trace_vision_encoder, lambda config: config.vision)
+    return functools.partial(canonical_graph, VISION_ENCODER)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def exports_trace_once(traced_decoder: Trace, traced_vision_encoder: Trace) -> Iterator[None]:
+def quiet_torch() -> None:
+    import torch  # makes its loggers
+
+    del torch
     logging.getLogger("torch.__trace").propagate = False  # thousands of records in the report of every failure
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "trace_decoder", traced_decoder)
-        patch.setattr(exporter, "trace_vision_encoder", traced_vision_encoder)
-        yield
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

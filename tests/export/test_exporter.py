@@ -311,7 +311,7 @@ class TestNothingIsLeftBehind:
 
     def test_existing_folder(self, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Refused before any tracing."""
-        monkeypatch.setattr(exporter, "trace_decoder", lambda config: pytest.fail("traced"))
+        monkeypatch.setattr(exporter, "canonical_graph", lambda name, config: pytest.fail("traced"))
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "notes.txt").write_text("mine")
         for overwrite in (False, True):

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -154,7 +155,10 @@ def leave(bundle, number: int) -> subprocess.Popen[bytes]:
         "    print('up', flush=True); time.sleep(60)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(bundle)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", program, str(bundle)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     assert process.stdout.readline() == b"up\n"
     children = psutil.Process(process.pid).children(recursive=True)
