@@ -5,9 +5,10 @@
 
 The same pictures and question go to one process and to the pair in turn; no encoder cache is in the way. ``added`` is
 the median, over the pictures, of what the pair took more; the target is at most 5 % of one process plus the time of the
-transfer (from the announcement of its size to the release of its blocks). ``control_seconds`` is what the messages of a
-request cost: the time the language process waits for replies minus the time the encode process works on them. All
-processes share the cores, so that two encode processes are no faster than one where one has enough to do.
+transfer (rows are put into the pool, read, checked and copied out; not the messages before, between and after).
+``control_seconds`` is what the messages of a request cost: the time the language process waits for replies minus the
+time the encode process works on them. All processes share the cores, so that two encode processes are no faster than
+one where one has enough to do.
 """
 
 from __future__ import annotations

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BlockAllocator", "BlockError"]
-
-
-class BlockError(RuntimeError):
-    """A block was used by someone who does not own it: a bug on this side, never a peer's fault."""
+__all__ = ["BlockAllocator"]
 
 
 class BlockAllocator:
@@ -62,13 +56,3 @@ class BlockAllocator:
             self.generations[blocks] += np.uint64(1)
             self._free.extend(reversed(blocks))
         return len(blocks)
-
-    def check(self, owner: str, blocks: Sequence[int]) -> None:
-        """Refuse blocks that are not ``owner``'s.
-
-        Raises:
-            BlockError: one is not.
-        """
-        owned = self._owned.get(owner, [])
-        if strangers := [block for block in blocks if block not in owned]:
-            raise BlockError(f"blocks {strangers} do not belong to {owner}")

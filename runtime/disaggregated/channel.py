@@ -8,6 +8,7 @@ import hmac
 import itertools
 import secrets
 import ssl
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import msgspec
 
 from deepstitch.errors import InputError
+from deepstitch.runtime.disaggregated.clock import PeerClock
 from deepstitch.runtime.disaggregated.config import Address, Deadlines
 from deepstitch.runtime.disaggregated.errors import (
     DisaggregationError,
@@ -34,6 +36,7 @@ from deepstitch.runtime.disaggregated.messages import (
     Message,
     ModelIdentity,
     Ping,
+    Pong,
     Welcome,
     decode,
     encode,
@@ -121,8 +124,9 @@ async def connect(
     transports: tuple[str, ...],
     deadlines: Deadlines,
     tls: ssl.SSLContext | None = None,
+    count: Callable[[str], None] = lambda direction: None,
 ) -> tuple[Caller, Welcome]:
-    """Language side of the handshake.
+    """Language side of the handshake; ``count`` is told of every message after it, ``in`` or ``out``.
 
     Raises:
         PeerLost: nobody listens there, or the connection ended.
@@ -132,7 +136,7 @@ async def connect(
     """
     try:
         return await asyncio.wait_for(
-            _connect(address, token, identity, transports, deadlines, tls), timeout=deadlines.connect
+            _connect(address, token, identity, transports, deadlines, tls, count), timeout=deadlines.connect
         )
     except asyncio.TimeoutError:
         raise PeerHung(f"{address}: no answer within {deadlines.connect:g} s") from None
@@ -149,6 +153,7 @@ async def _connect(
     transports: tuple[str, ...],
     deadlines: Deadlines,
     tls: ssl.SSLContext | None,
+    count: Callable[[str], None],
 ) -> tuple[Caller, Welcome]:
     if address.path:
         with short_path(address.path) as path:
@@ -170,6 +175,7 @@ async def _connect(
             model=identity,
             transports=transports,
         )
+        said = time.monotonic()
         send(writer, hello)
         reply = await receive(reader, HANDSHAKE_LIMIT)
         if isinstance(reply, Failure):
@@ -179,10 +185,12 @@ async def _connect(
             raise HandshakeRefused(f"{address}: the process there does not have the token")
         if different := differences(reply.model, identity):
             raise HandshakeRefused(f"{address}: the bundles of the two sides do not fit: {different}")
+        clock = PeerClock(shared=bool(address.path))
+        clock.observe(said, reply.clock, time.monotonic())
     except BaseException:
         writer.close()
         raise
-    return Caller(address, reader, writer, deadlines), reply
+    return Caller(address, reader, writer, deadlines, clock=clock, count=count), reply
 
 
 class Caller:
@@ -192,13 +200,23 @@ class Caller:
     answers a repeated request as it did before.
 
     Attributes:
+        clock: of the other process.
         lost: done when the connection has ended, with the reason.
     """
 
     def __init__(
-        self, address: Address, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, deadlines: Deadlines
+        self,
+        address: Address,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        deadlines: Deadlines,
+        *,
+        clock: PeerClock,
+        count: Callable[[str], None],
     ) -> None:
         self.address = address
+        self.clock = clock
+        self._count = count
         self._writer = writer
         self._deadlines = deadlines
         self._numbers = itertools.count(1)
@@ -249,7 +267,7 @@ class Caller:
     async def _exchange(self, frame: bytes, future: asyncio.Future[Any]) -> Any:
         """Send, wait, send again; a frame on its way out counts as a sign of life."""
         loop = asyncio.get_running_loop()
-        self._writer.write(frame)
+        self._write(frame)
         unsent, alive = len(frame), loop.time()
         while True:
             patience = alive + self._deadlines.hang - loop.time()
@@ -265,12 +283,17 @@ class Caller:
                     return future.result()
                 self.fail(PeerHung(f"{self.address}: no answer for {self._deadlines.hang:g} s"))
             elif not left:
-                self._writer.write(frame)
+                self._write(frame)
+
+    def _write(self, frame: bytes) -> None:
+        self._count("out")
+        self._writer.write(frame)
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
                 message = await receive(reader, REPLY_LIMIT)
+                self._count("in")
                 future = self._waiting.get(message.seq)
                 if future is not None and not future.done():  # else an answer to a request that was repeated
                     future.set_result(message)
@@ -281,4 +304,7 @@ class Caller:
         with contextlib.suppress(DisaggregationError):
             while True:
                 await asyncio.sleep(self._deadlines.ping)
-                await self.call(Ping(seq=0))
+                asked = time.monotonic()
+                reply = await self.call(Ping(seq=0))
+                if isinstance(reply, Pong):
+                    self.clock.observe(asked, reply.clock, time.monotonic())

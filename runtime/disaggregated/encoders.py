@@ -14,6 +14,7 @@ from deepstitch.errors import InputError
 from deepstitch.runtime.disaggregated.config import Address, LanguageConfig
 from deepstitch.runtime.disaggregated.conn_multimodal.link import SCRATCH_BYTES, Link
 from deepstitch.runtime.disaggregated.errors import DisaggregationError, HandshakeRefused
+from deepstitch.runtime.disaggregated.media import glimpse
 from deepstitch.runtime.disaggregated.messages import ModelIdentity
 from deepstitch.runtime.disaggregated.metrics import Metrics
 from deepstitch.runtime.disaggregated.service import end_tasks
@@ -23,7 +24,6 @@ __all__ = ["MAX_ENCODERS", "Encoders", "read_registry"]
 MAX_ENCODERS = 64
 _REFUSED_PAUSE = 5.0  # seconds before an encoder that does not fit is asked again; it may have been replaced
 _REGISTRY_PAUSE = 0.5
-_TOLD_APART_BY = 1 << 16  # bytes of a picture; the event loop has no time for all of a clip
 
 
 def read_registry(path: Path) -> tuple[Address, ...]:
@@ -103,8 +103,8 @@ class Encoders:
     def pick_new(self, tried: set[Address], picture: bytes = b"") -> Link | None:
         """As :meth:`pick`, but none where all were tried."""
         alive = {at: link for at, link in self._links.items() if at not in tried and not link.caller.lost.done()}
-        seed = _digest(picture[:_TOLD_APART_BY])
-        best = min(alive, key=lambda at: (alive[at].rooms, _digest(f"{at} {seed}".encode())), default=None)
+        seed = glimpse(picture)
+        best = min(alive, key=lambda at: (alive[at].rooms, glimpse(f"{at} {seed}".encode())), default=None)
         return alive[best] if best is not None else None
 
     async def wait_for_change(self, timeout: float) -> None:
@@ -180,6 +180,7 @@ class Encoders:
             memory=self._memory,
             scratch=scratch,
             tls=self._tls,
+            count=lambda direction: self._metrics.count("messages_total", direction=direction),
         )
         try:
             self._links[address] = link
@@ -190,9 +191,3 @@ class Encoders:
             if self._links.get(address) is link:
                 del self._links[address]
             await link.close()
-
-
-def _digest(data: bytes) -> int:
-    import xxhash
-
-    return xxhash.xxh3_64_intdigest(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import socket
 import ssl
@@ -106,6 +107,7 @@ class Guest:
         self._host = host
         self._reader, self._writer = reader, writer
         self._answers: set[asyncio.Task[None]] = set()
+        self._began = math.inf  # to read
 
     async def serve(self, *, epoch: str, identity: ModelIdentity) -> None:
         """Welcome it, then answer until the connection ends.
@@ -126,10 +128,17 @@ class Guest:
             answer=lambda hello, proof, own: host.welcome(hello, proof, own, self.ticket),
         )
         await asyncio.wait_for(handshake, timeout=host.config.deadlines.connect)
-        while True:
-            self._take(await self._next_frame())
-            while len(self._answers) >= _ANSWERS_PER_ROOM * host.config.max_requests:
-                await asyncio.wait(self._answers, return_when=asyncio.FIRST_COMPLETED)
+        watching = asyncio.create_task(self._watch())
+        try:
+            while True:
+                self._began = time.monotonic()
+                frame = await read_frame(self._reader, REQUEST_LIMIT)
+                self._began = math.inf
+                self._take(frame)
+                while len(self._answers) >= _ANSWERS_PER_ROOM * host.config.max_requests:
+                    await asyncio.wait(self._answers, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watching.cancel()
 
     def close(self) -> None:
         """Drop the answers under way and end the connection."""
@@ -138,29 +147,22 @@ class Guest:
         with contextlib.suppress(OSError):
             self._writer.close()
 
-    async def _next_frame(self) -> bytes:
-        """What comes next.
-
-        Raises:
-            PeerLost: the connection ended, or nothing at all has come for longer than pings take.
-            ProtocolError: not a frame.
-        """
-        deadlines, began = self._host.config.deadlines, time.monotonic()
+    async def _watch(self) -> None:
+        """End a connection on which nothing at all has come for longer than pings take."""
+        deadlines = self._host.config.deadlines
         silence = deadlines.ping + deadlines.hang
-        reading = asyncio.ensure_future(read_frame(self._reader, REQUEST_LIMIT))
-        try:
-            while True:
-                left = self._last_heard(began) + silence - time.monotonic()
-                if (await asyncio.wait({reading}, timeout=max(left, _GRACE)))[0]:
-                    return reading.result()
-                if left <= 0 and time.monotonic() - self._last_heard(began) > silence:
-                    raise PeerLost(f"the language process has said nothing for {silence:g} s")
-        finally:
-            reading.cancel()
+        while True:
+            left = silence - self._silent
+            await asyncio.sleep(min(max(left, _GRACE), silence))
+            if left <= 0 and self._silent > silence:
+                lost = PeerLost(f"the language process has said nothing for {silence:g} s")
+                self._reader.set_exception(lost)
+                return
 
-    def _last_heard(self, began: float) -> float:
-        """Time in which this side did not read does not count."""
-        return max(began, getattr(self._reader, "heard", began))
+    @property
+    def _silent(self) -> float:
+        """Seconds; time in which this side did not read does not count."""
+        return time.monotonic() - max(self._began, getattr(self._reader, "heard", self._began))
 
     def _take(self, frame: bytes) -> None:
         """Answer at once what can be; the rest in a task, which does not hold the pictures."""
@@ -175,7 +177,7 @@ class Guest:
             return
         try:
             if isinstance(message, Ping):
-                self._send(Pong(seq=message.seq, waiting=self._host.waiting))
+                self._send(Pong(seq=message.seq, waiting=self._host.waiting, clock=time.monotonic()))
                 return
             if not isinstance(message, RoomMessage):
                 raise ProtocolError(f"{type(message).__name__} is not for the encode side")

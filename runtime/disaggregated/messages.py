@@ -40,7 +40,7 @@ __all__ = [
     "seq_of",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 _MAX_TOKENS = (1 << 31) - 1  # buffers hold them as int32
 _MAX_BLOCKS = 1 << 20
@@ -54,6 +54,7 @@ Blocks = Annotated[tuple[Block, ...], Meta(max_length=_MAX_BLOCKS)]
 Word = Annotated[int, Meta(ge=0)]
 Words = Annotated[tuple[Word, ...], Meta(max_length=_MAX_BLOCKS)]
 Sums = Annotated[tuple[Word, ...], Meta(max_length=5)]
+Seconds = Annotated[float, Meta(ge=-1e12, le=1e12)]  # neither infinite nor no number
 Positive = Annotated[int, Meta(ge=1, le=_MAX_TOKENS)]
 
 
@@ -111,7 +112,7 @@ class Hello(Message, frozen=True, tag="hello"):
 class Welcome(Message, frozen=True, tag="welcome"):
     """Encode side: you may ask. ``transport`` and ``endpoint`` say where the pool can be read, with ``ticket``.
 
-    A room that is not spoken of for ``lease_seconds`` is forgotten.
+    A room that is not spoken of for ``lease_seconds`` is forgotten. ``clock`` is the time by its monotonic clock.
     """
 
     epoch: Room
@@ -124,6 +125,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     num_blocks: Positive
     num_deepstack_blocks: Count
     lease_seconds: Annotated[float, Meta(gt=0)]
+    clock: Seconds
 
 
 class RoomMessage(Message, frozen=True, tag=False):
@@ -146,20 +148,27 @@ class EncodeRequest(RoomMessage, frozen=True, tag="encode"):
 
 
 class Item(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One picture or clip: its content key and its patches along time, height and width."""
+    """One picture or clip: its content key and its patches along time, height and width.
+
+    ``timestamps`` are the seconds of a clip's time steps, as its prompt spells them; a picture has none.
+    """
 
     key: Hex
     grid: tuple[Positive, Positive, Positive]
+    timestamps: Annotated[tuple[Seconds, ...], Meta(max_length=1 << 16)] = ()
 
 
 class Announcement(RoomMessage, frozen=True, tag="announcement"):
-    """Encode side: encoded; these are the sizes of what will be sent."""
+    """Encode side: prepared; these are the sizes of what will be sent, though it may still be being encoded.
+
+    ``seconds`` are those of preparing it, and ``began`` by the clock of the encode process.
+    """
 
     total_tokens: Positive
     deepstack_rows: Count
     rope_delta: Annotated[int, Meta(ge=-_MAX_TOKENS, le=_MAX_TOKENS)]
     items: Annotated[tuple[Item, ...], Meta(max_length=2048)]
-    seconds: Annotated[dict[Text, float], Meta(max_length=64)] = {}
+    seconds: Annotated[dict[Text, Seconds], Meta(max_length=64)] = {}
 
 
 class TransferInit(RoomMessage, frozen=True, tag="init"):
@@ -180,6 +189,7 @@ class TransferReady(RoomMessage, frozen=True, tag="ready"):
 
     ``deepstack_blocks`` is empty in a resumed transfer. ``generations`` are those of the blocks, DeepStack's last.
     ``checksums`` are XXH3-64 of each buffer's rows in the order of the buffers, empty where the pool is not summed.
+    ``seconds`` are those of encoding and staging; the initial transfer alone has them.
     """
 
     start: Count
@@ -188,6 +198,7 @@ class TransferReady(RoomMessage, frozen=True, tag="ready"):
     deepstack_blocks: Blocks
     generations: Words
     checksums: Sums
+    seconds: Annotated[dict[Text, Seconds], Meta(max_length=64)] = {}
 
 
 class Received(RoomMessage, frozen=True, tag="received"):
@@ -222,9 +233,10 @@ class Ping(Message, frozen=True, tag="ping"):
 
 
 class Pong(Message, frozen=True, tag="pong"):
-    """Encode side: yes; ``waiting`` requests are ahead of a new one."""
+    """Encode side: yes; ``waiting`` requests are ahead of a new one, and it is ``clock`` by its monotonic clock."""
 
     waiting: Count
+    clock: Seconds
 
 
 AnyMessage = (

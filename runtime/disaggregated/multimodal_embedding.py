@@ -8,16 +8,19 @@ import json
 import time
 import uuid
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from deepstitch.errors import BundleError
+from deepstitch.manifest import Manifest
 from deepstitch.runtime.bundle import VISION_ENCODER, Bundle
 from deepstitch.runtime.disaggregated.config import EncodeConfig
 from deepstitch.runtime.disaggregated.conn_multimodal.sender import (
     EncodedPrompt,
+    PreparedSizes,
     Sender,
     SenderTools,
     request_bytes,
@@ -28,7 +31,6 @@ from deepstitch.runtime.disaggregated.errors import (
     PeerBusy,
     PeerLost,
     ProtocolError,
-    RequestRefused,
     RequestTooLarge,
     StaleTransfer,
 )
@@ -36,6 +38,7 @@ from deepstitch.runtime.disaggregated.faults import Faults
 from deepstitch.runtime.disaggregated.guests import Guest, listen
 from deepstitch.runtime.disaggregated.identity import model_identity
 from deepstitch.runtime.disaggregated.listening import SocketFile, bound_socket
+from deepstitch.runtime.disaggregated.media import refuse_sources
 from deepstitch.runtime.disaggregated.messages import (
     EncodeRequest,
     Hello,
@@ -54,7 +57,7 @@ from deepstitch.runtime.embedding import EmbeddingTable, merge
 from deepstitch.runtime.encoder_cache import EncoderCache
 from deepstitch.runtime.engine.ort import OrtEngine
 from deepstitch.runtime.parts import ModelParts
-from deepstitch.runtime.preprocess import Processor, VisionBatch
+from deepstitch.runtime.preprocess import Processor, Prompt, VisionBatch
 
 __all__ = ["EncodeServer"]
 
@@ -184,6 +187,8 @@ class EncodeServer:
         self.metrics.gauge("rooms", lambda: len(self._rooms))
         self.metrics.gauge("connections", lambda: len(self._peers))
         self.metrics.gauge("requests_waiting", lambda: self.waiting)
+        self.metrics.gauge("cache_hits_total", lambda: self._parts.encoder.hits)
+        self.metrics.gauge("cache_misses_total", lambda: self._parts.encoder.misses)
         self.metrics.gauge("leases", lambda: self._in_state(SenderState.TRANSFERRING))
         self._pool.report(self.metrics)
 
@@ -236,6 +241,7 @@ class EncodeServer:
             num_blocks=self._pool.layout.num_blocks,
             num_deepstack_blocks=self._pool.layout.num_deepstack_blocks,
             lease_seconds=self.config.deadlines.lease,
+            clock=time.monotonic(),
         )
 
     def open_room(self, peer: str, message: RoomMessage) -> RoomMessage:
@@ -300,18 +306,28 @@ class EncodeServer:
         while len(self._tombstones) > _TOMBSTONES:
             self._tombstones.popitem(last=False)
 
-    async def _encode(self, request: EncodeRequest) -> EncodedPrompt:
+    async def _encode(self, request: EncodeRequest, prepared: Callable[[PreparedSizes], None]) -> EncodedPrompt:
         """Preprocess and encode in the compute thread; equal pictures of waiting requests are encoded once.
 
         One at a time stands in front of that thread, so that a check of health is the next after it. What is encoded
-        waits for others to be read where the features that are here take all the memory they may.
+        waits for others to be read where the features that are here take all the memory they may; its sizes are not
+        told before that, since whoever knows them holds blocks for it, which those others may need.
         """
+        loop = asyncio.get_running_loop()
+
+        def tell(sizes: PreparedSizes) -> None:
+            loop.call_soon_threadsafe(prepared, sizes)
+
         async with self._turn:
             while self._features >= self.config.request_bytes:
                 await asyncio.sleep(_FULL_PAUSE)
-            return await self._compute.run(lambda: self._encode_now(request))
+            encoded, pixels = await self._compute.run(lambda: self._encode_now(request, tell))
+            self._compute.forget(pixels)
+            return encoded
 
-    def _encode_now(self, request: EncodeRequest) -> EncodedPrompt:
+    def _encode_now(
+        self, request: EncodeRequest, prepared: Callable[[PreparedSizes], None]
+    ) -> tuple[EncodedPrompt, VisionBatch | None]:
         parts, began = self._parts, time.monotonic()
         try:
             messages = json.loads(request.messages)
@@ -319,32 +335,37 @@ class EncodeServer:
             raise ProtocolError(f"messages are not JSON: {error}") from None
         refuse_sources(messages)
         prompt = parts.processor(messages, images=list(request.images), videos=list(request.videos))
-        prepared, before = time.monotonic(), parts.encoder.hits
+        light, width = self._light(prompt), self._deepstack_width
+        ready = time.monotonic()
+        rows = int(light.vision.tokens_per_item.sum()) if light.vision and width else 0
+        seconds = {"began": began, "preprocess": ready - began}
+        prepared(PreparedSizes(prompt=light, deepstack_rows=rows, seconds=seconds))
         (features,) = parts.encoder.features([prompt.vision])
         encoded = time.monotonic()
-        model, facts, vision = parts.engine.bundle.manifest.model, parts.engine.bundle.manifest.vision, prompt.vision
-        if vision is not None and facts is not None:  # the pixels are larger than all that is sent
-            vision = VisionBatch.without_pixels(vision.grid_thw, vision.content_keys, facts.spatial_merge_size)
-            prompt = dataclasses.replace(prompt, vision=vision)
-        tokens = merge(
-            parts.table,
-            prompt,
-            features,
-            visual_ids=parts.visual_ids,
-            deepstack_width=model.num_deepstack * model.hidden_size,
-        )
-        self.metrics.observe("stage_seconds", prepared - began, stage="preprocess")
-        self.metrics.observe("stage_seconds", encoded - prepared, stage="encode")
-        hits, items = parts.encoder.hits - before, len(features)
-        self.metrics.count("cache_hits_total", hits)
-        self.metrics.count("cache_misses_total", items - hits)
-        seconds = {"began": began, "preprocess": prepared - began, "encode": encoded - prepared}
+        tokens = merge(parts.table, light, features, visual_ids=parts.visual_ids, deepstack_width=width)
         # the cache may have let go of the features of each picture; DeepStack's lie together in a copy of their own
-        held = sum(each.nbytes for each in features) + tokens.deepstack.nbytes
-        return EncodedPrompt(prompt=prompt, tokens=tokens, nbytes=held, seconds=seconds)
+        held = sum(each.nbytes for each in features) + 4 * rows * width
+        seconds = {"encode": encoded - ready}
+        return EncodedPrompt(prompt=light, tokens=tokens, nbytes=held, seconds=seconds), prompt.vision
 
-    def _finished(self, outcome: str, sent: dict[str, int]) -> None:
+    def _light(self, prompt: Prompt) -> Prompt:
+        """Without the pixels, which are larger than all that is sent."""
+        vision, facts = prompt.vision, self._parts.engine.bundle.manifest.vision
+        if vision is None or facts is None:
+            return prompt
+        vision = VisionBatch.without_pixels(vision.grid_thw, vision.content_keys, facts.spatial_merge_size)
+        return dataclasses.replace(prompt, vision=vision)
+
+    @property
+    def _deepstack_width(self) -> int:
+        model = self._parts.engine.bundle.manifest.model
+        return model.num_deepstack * model.hidden_size
+
+    def _finished(self, outcome: str, sent: dict[str, int], seconds: dict[str, float]) -> None:
         self.metrics.count("requests_total", outcome=outcome)
+        for stage in ("preprocess", "encode", "staging"):
+            if stage in seconds:
+                self.metrics.observe("stage_seconds", seconds[stage], stage=stage)
         for kind, amount in sent.items():
             self.metrics.count("transfer_bytes_total", amount, kind=kind)
 
@@ -359,30 +380,15 @@ class EncodeServer:
                     self._bury(name)
 
 
-def refuse_sources(messages: Any) -> None:
-    """Media come as bytes: a part that names a file or an address would have this process open it.
-
-    Raises:
-        RequestRefused: a part for a picture or a clip has anything but its type.
-    """
-    for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            if not isinstance(part, dict) or part.get("type") == "text" or (not part.get("type") and "text" in part):
-                continue
-            if more := sorted(set(part) - {"type"}):
-                raise RequestRefused(f"a part of the messages has {more[0]!r}; pictures and clips are sent as bytes")
-
-
 def _name(peer: str, message: RoomMessage) -> str:
     return f"{peer}/{message.room}/{message.attempt}"
 
 
 def _load(config: EncodeConfig) -> ModelParts:
-    bundle = Bundle.open(config.bundle, progress=False)
-    manifest = bundle.manifest
-    if manifest.vision is None:
+    if Manifest.read(config.bundle).vision is None:
         raise BundleError(f"{config.bundle}: this model reads text only; there is nothing for an encode process to do")
+    bundle = Bundle.open(config.bundle, progress=False, graphs=[VISION_ENCODER])
+    manifest = bundle.manifest
     engine = OrtEngine(bundle, threads=config.threads, graphs=[VISION_ENCODER])
     return ModelParts(
         engine=engine,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -20,8 +20,8 @@ from deepstitch.runtime.disaggregated.encoders import MAX_ENCODERS, Encoders
 from deepstitch.runtime.disaggregated.errors import EncodeFailed, PeerBusy
 from deepstitch.runtime.disaggregated.faults import Faults
 from deepstitch.runtime.disaggregated.identity import model_identity
+from deepstitch.runtime.disaggregated.media import refuse_sources
 from deepstitch.runtime.disaggregated.metrics import Metrics
-from deepstitch.runtime.disaggregated.multimodal_embedding import refuse_sources
 from deepstitch.runtime.disaggregated.pool import BlockPool, layout_for
 from deepstitch.runtime.disaggregated.reception import PreparedPrompt, Reception, Request
 from deepstitch.runtime.disaggregated.service import client_tls, end_tasks
@@ -87,6 +87,7 @@ class LanguageServer:
             raise
         self._pool.report(self.metrics)
         self.metrics.gauge("rooms", lambda: sum(self._admitted.values()))
+        self.metrics.gauge("connections", lambda: len(self._encoders.connected) if self._encoders else 0)
         self.metrics.gauge("requests_waiting", lambda: self._decoder.waiting if self._decoder else 0)
 
     async def stop(self) -> None:
@@ -105,8 +106,9 @@ class LanguageServer:
 
     @property
     def idle(self) -> bool:
-        """No request is here, and no block is held."""
-        return not any(self._admitted.values()) and self._pool.idle
+        """No request is here, no block is held, and no release is unanswered."""
+        links = self._encoders.connected.values() if self._encoders else ()
+        return not any(self._admitted.values()) and self._pool.idle and all(link.idle for link in links)
 
     async def answer(
         self,
@@ -191,16 +193,22 @@ class LanguageServer:
         prepared = await self._reception.prepare(request, trace)
         self._faults.reached("language.decoding")
         began = time.monotonic()
-        first = True
-        async with aclosing(self._decode(prepared, options)) as events:
-            async for event in events:
-                if first:
-                    trace.add("first token", began, time.monotonic())
-                    began, first = time.monotonic(), False
-                if isinstance(event, Result):
-                    trace.add("decode", began, time.monotonic())
-                    self._count(event)
-                yield event
+        left: list[Callable[[], None]] = [prepared.follow_up]
+        try:
+            async with aclosing(self._decode(prepared, options)) as events:
+                async for event in events:
+                    if left:
+                        trace.add("first token", began, time.monotonic())
+                        began = time.monotonic()
+                    if isinstance(event, Result):
+                        trace.add("decode", began, time.monotonic())
+                        self._count(event)
+                    yield event
+                    while left:
+                        left.pop()()
+        finally:
+            while left:  # the client went away before
+                left.pop()()
 
     def _decode(self, prepared: PreparedPrompt, options: GenerationOptions) -> AsyncGenerator[str | Result, None]:
         """Hand the prompt to the decoder."""
@@ -220,9 +228,9 @@ class LanguageServer:
 
 
 def _load(config: LanguageConfig) -> ModelParts:
-    bundle = Bundle.open(config.bundle, progress=False)
-    manifest = bundle.manifest
     graphs = None if config.local_encoder else [DECODER]
+    bundle = Bundle.open(config.bundle, progress=False, graphs=graphs)
+    manifest = bundle.manifest
     engine = OrtEngine(bundle, threads=config.threads, graphs=graphs)
     return ModelParts(
         engine=engine,

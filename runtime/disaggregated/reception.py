@@ -9,14 +9,16 @@ import math
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from msgspec import structs
 
-from deepstitch.runtime.calls import RowTokens
+from deepstitch.runtime.calls import Ints, RowTokens
 from deepstitch.runtime.disaggregated.config import Address, LanguageConfig
 from deepstitch.runtime.disaggregated.conn_multimodal.link import Link
 from deepstitch.runtime.disaggregated.conn_multimodal.receiver import ReceivedPrompt, Receiver, ReceiverTools
@@ -31,20 +33,22 @@ from deepstitch.runtime.disaggregated.errors import (
 )
 from deepstitch.runtime.disaggregated.faults import Faults
 from deepstitch.runtime.disaggregated.framing import REQUEST_LIMIT
+from deepstitch.runtime.disaggregated.media import glimpse
 from deepstitch.runtime.disaggregated.messages import EncodeRequest
 from deepstitch.runtime.disaggregated.metrics import Metrics
 from deepstitch.runtime.disaggregated.pool import BlockPool
-from deepstitch.runtime.disaggregated.service import ComputeThread
+from deepstitch.runtime.disaggregated.service import ComputeThread, end_tasks
 from deepstitch.runtime.disaggregated.trace import ENCODE, Span, Trace
 from deepstitch.runtime.embedding import merge
 from deepstitch.runtime.encoder_cache import VisionFeatures
 from deepstitch.runtime.parts import ModelParts
-from deepstitch.runtime.preprocess import KnownImage, Prompt, VisionBatch
+from deepstitch.runtime.preprocess import KnownItem, Prompt, VisionBatch
 
 __all__ = ["PreparedPrompt", "Reception", "Request"]
 
 _MAX_FAILURES = 4  # a request that kills its encoder must not kill all of them
-_KNOWN_PICTURES = 4096
+_KNOWN_FILES = 4096
+_MOST_REMEMBERING = 64  # prompts at a time; each is held meanwhile, and nothing but time is lost by forgetting one
 _BUSY_PAUSE, _LONGEST_BUSY_PAUSE = 0.1, 2.0  # seconds; every time all pictures are sent again
 # What the schema of a request takes, and the length of its frame with room for what is not media
 _MAX_TEXT, _MAX_IMAGES, _MAX_CLIPS = 64 << 20, 1024, 64
@@ -66,11 +70,23 @@ class PreparedPrompt:
 
     Attributes:
         seconds: per stage, for the timings of the result.
+        follow_up: what is left to do, and need not be done before the first token.
     """
 
     prompt: Prompt
     tokens: RowTokens
     seconds: dict[str, float] = field(default_factory=dict)
+    follow_up: Callable[[], None] = lambda: None
+
+
+Bools = npt.NDArray[np.bool_]
+
+
+class _Known(NamedTuple):
+    """What came of a file of which this is the hash; None: it is being remembered."""
+
+    digest: bytes
+    item: KnownItem | None
 
 
 class Reception:
@@ -93,10 +109,14 @@ class Reception:
         self._faults = faults
         self._text = ComputeThread("text")  # never behind a picture
         self._pictures = ComputeThread("pictures")
-        self._known: OrderedDict[bytes, KnownImage] = OrderedDict()
+        self._known: OrderedDict[int, _Known] = OrderedDict()
+        self._remembering: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     async def close(self) -> None:
         """End the threads."""
+        self._closed = True
+        await end_tasks(self._remembering)
         await self._text.close()
         await self._pictures.close()
 
@@ -107,30 +127,29 @@ class Reception:
             DeepstitchError: the request cannot be used, or no encode process can serve it.
         """
         if not request.images and not request.videos:
-            return await self._here(request, (), trace, self._text)
-        began = time.monotonic()
-        recalled = await self._pictures.run(lambda: self._recall(request))
-        if recalled is not None:
-            self._metrics.count("cache_hits_total", len(request.images))
-            trace.add("preprocess", began, time.monotonic())
-            return recalled
-        self._metrics.count("cache_misses_total", len(request.images) + len(request.videos))
+            return await self._here(request, trace, self._text)
+        began, media = time.monotonic(), (*request.images, *request.videos)
+        if all(glimpse(file) in self._known for file in media):
+            recalled = await self._pictures.run(lambda: self._recall(request))
+            if recalled is not None:
+                self._metrics.count("cache_hits_total", len(media))
+                trace.add("preprocess", began, time.monotonic())
+                return recalled
+        self._metrics.count("cache_misses_total", len(media))
         received = await self._from_encoders(request, trace)
         if received is None:
             self._metrics.count("local_encodes_total")
-            return await self._here(request, request.images, trace, self._pictures)
+            return await self._here(request, trace, self._pictures)
         with trace.span("unpack"):
-            return await self._pictures.run(lambda: self._unpack(request, received))
+            return self._unpack(request, received)
 
-    async def _here(
-        self, request: Request, images: Sequence[Any], trace: Trace, thread: ComputeThread
-    ) -> PreparedPrompt:
+    async def _here(self, request: Request, trace: Trace, thread: ComputeThread) -> PreparedPrompt:
         with trace.span("preprocess"):
-            return await thread.run(lambda: self._prepared(request, images))
+            return await thread.run(lambda: self._prepared(request.messages, request.images, request.videos))
 
-    def _prepared(self, request: Request, images: Sequence[Any]) -> PreparedPrompt:
+    def _prepared(self, messages: Any, images: Sequence[Any], videos: Sequence[Any]) -> PreparedPrompt:
         began = time.monotonic()
-        prompt = self._parts.processor(request.messages, images=list(images), videos=list(request.videos))
+        prompt = self._parts.processor(messages, images=list(images), videos=list(videos))
         prepared = time.monotonic()
         (features,) = self._parts.encoder.features([prompt.vision])
         seconds = {"preprocess": prepared - began, "encode": time.monotonic() - prepared}
@@ -142,15 +161,19 @@ class Reception:
         return merge(parts.table, prompt, features, visual_ids=parts.visual_ids, deepstack_width=width)
 
     def _recall(self, request: Request) -> PreparedPrompt | None:
-        """The prompt, if the encoder outputs of all its pictures are here.
+        """The prompt, if the encoder outputs of all its pictures and clips are here.
 
         Looking and taking are one piece of work of the thread: between two, another request could push them out.
         """
-        if request.videos:
+        images, videos = [[self._lookup(file) for file in files] for files in (request.images, request.videos)]
+        return None if None in (*images, *videos) else self._prepared(request.messages, images, videos)
+
+    def _lookup(self, file: bytes) -> KnownItem | None:
+        """What is known of a file, if its encoder outputs are here."""
+        known = self._known.get(glimpse(file))
+        if known is None or known.item is None or known.digest != hashlib.sha256(file).digest():
             return None
-        known = [self._known.get(hashlib.sha256(image).digest()) for image in request.images]
-        found = [each for each in known if each is not None and self._parts.encoder.get(each.key) is not None]
-        return self._prepared(request, found) if len(found) == len(known) else None
+        return known.item if self._parts.encoder.get(known.item.key) is not None else None
 
     async def _from_encoders(self, request: Request, trace: Trace) -> ReceivedPrompt | None:
         """Ask one encode process after another; None: none can be asked, and there is an encoder here."""
@@ -220,7 +243,7 @@ class Reception:
         finally:
             link.rooms -= 1
         self._check(link, received)
-        self._report(received, trace)
+        self._report(link, received, trace)
         return received
 
     def _check(self, link: Link, received: ReceivedPrompt) -> None:
@@ -231,43 +254,49 @@ class Reception:
         tokens = sum(math.prod(item.grid) // merged for item in received.items)
         rows = tokens if manifest.model.num_deepstack else 0
         known = ids.min() >= 0 and ids.max() < manifest.model.vocab_size
-        if not known or np.isin(ids, self._parts.visual_ids).sum() != tokens or len(received.deepstack) != rows:
+        if not known or self._visual(ids).sum() != tokens or len(received.deepstack) != rows:
             raise ProtocolError(f"{link.caller.address}: sent a prompt that does not fit its own pictures")
 
-    def _report(self, received: ReceivedPrompt, trace: Trace) -> None:
-        self._metrics.count("attempts_total", outcome="ok")
-        self._metrics.count("transfers_total", kind="initial")
-        self._metrics.count("transfers_total", received.resumes, kind="resumed")
-        self._metrics.observe("stage_seconds", received.seconds["transfer"], stage="transfer")
-        begin = received.seconds.get("began", 0.0)
+    def _visual(self, ids: Ints) -> Bools:
+        """Which tokens are visual; for two ids, quicker than ``numpy.isin``."""
+        found = np.zeros(len(ids), np.bool_)
+        for each in self._parts.visual_ids:
+            found |= ids == each
+        return found
+
+    def _report(self, link: Link, received: ReceivedPrompt, trace: Trace) -> None:
+        """Add what the encode process did, in the time of this one."""
+        clock = link.caller.clock
+        begin = clock.here(received.seconds.get("began", 0.0))
+        detail = {"clock known to ms": round(1000 * clock.error, 3)} if clock.error else {}
         for stage in ("preprocess", "encode"):
             end = begin + received.seconds.get(stage, 0.0)
-            trace.spans.append(Span(ENCODE, stage, begin, end))
+            trace.spans.append(Span(ENCODE, stage, begin, end, detail))
             begin = end
 
     def _unpack(self, request: Request, received: ReceivedPrompt) -> PreparedPrompt:
-        """Decoder inputs, and encoder outputs to remember."""
-        visual = np.isin(received.input_ids, self._parts.visual_ids)
-        index = np.where(visual, np.cumsum(visual), 0).astype(np.int32) if len(received.deepstack) else None
+        """Decoder inputs, and encoder outputs to remember later."""
+        visual = self._visual(received.input_ids)
+        index = np.zeros(len(visual), np.int32)
+        if len(received.deepstack):
+            index = np.where(visual, np.cumsum(visual), 0).astype(np.int32)
         tokens = RowTokens(
             embeds=received.embeds,
             position_ids=received.position_ids,
             deepstack=received.deepstack,
-            deepstack_index=np.zeros(len(visual), np.int32) if index is None else index,
+            deepstack_index=index,
         )
-        vision = self._vision(received)
         prompt = Prompt(
             input_ids=received.input_ids,
             position_ids=received.position_ids,
             rope_delta=received.rope_delta,
-            vision=vision,
+            vision=self._vision(received),
             text="",
+            timestamps=tuple(item.timestamps for item in received.items),
         )
-        self._remember(request, received, vision, np.flatnonzero(visual))
-        names = ("preprocess", "encode", "transfer")
-        return PreparedPrompt(
-            prompt=prompt, tokens=tokens, seconds={name: received.seconds.get(name, 0.0) for name in names}
-        )
+        seconds = {name: received.seconds.get(name, 0.0) for name in ("preprocess", "encode", "transfer")}
+        follow_up = partial(self._follow_up, request, received, prompt, visual)
+        return PreparedPrompt(prompt=prompt, tokens=tokens, seconds=seconds, follow_up=follow_up)
 
     def _vision(self, received: ReceivedPrompt) -> VisionBatch:
         facts = self._parts.engine.bundle.manifest.vision
@@ -275,21 +304,35 @@ class Reception:
         grid = np.array([item.grid for item in received.items], np.int64)
         return VisionBatch.without_pixels(grid, [item.key for item in received.items], facts.spatial_merge_size)
 
-    def _remember(
-        self, request: Request, received: ReceivedPrompt, vision: VisionBatch, places: np.ndarray[Any, Any]
-    ) -> None:
-        if request.videos and not self._config.local_encoder:
-            return  # what a clip shows is found out only by preparing it, which happens in the encode process
-        ends = np.cumsum(vision.tokens_per_item).tolist()
-        for item, end, count in zip(received.items, ends, vision.tokens_per_item.tolist(), strict=True):
-            rows = slice(end - count, end)
+    def _follow_up(self, request: Request, received: ReceivedPrompt, prompt: Prompt, visual: Bools) -> None:
+        """Count, and remember: copies and hashes are for a thread; who brings the same files next comes after it."""
+        self._metrics.count("attempts_total", outcome="ok")
+        self._metrics.count("transfers_total", kind="initial")
+        self._metrics.count("transfers_total", received.resumes, kind="resumed")
+        self._metrics.observe("stage_seconds", received.seconds["transfer"], stage="transfer")
+        if self._closed or len(self._remembering) >= _MOST_REMEMBERING:
+            return
+        for file in (*request.images, *request.videos):
+            self._known.setdefault(glimpse(file), _Known(b"", None))
+        work = self._pictures.run(lambda: self._remember(request, received, prompt, np.flatnonzero(visual)))
+        task = asyncio.get_running_loop().create_task(work)
+        self._remembering.add(task)
+        task.add_done_callback(self._remembering.discard)
+
+    def _remember(self, request: Request, received: ReceivedPrompt, prompt: Prompt, places: Ints) -> None:
+        """Keep the encoder outputs, and which files they are of."""
+        assert prompt.vision is not None
+        counts = prompt.vision.tokens_per_item.tolist()
+        images, videos = iter(request.images), iter(request.videos)
+        end = 0
+        for item, count in zip(received.items, counts, strict=True):
+            rows = slice(end, end := end + count)
             deepstack = received.deepstack[rows] if len(received.deepstack) else np.zeros((count, 0), np.float32)
             self._parts.encoder.put(item.key, VisionFeatures(received.embeds[places[rows]], deepstack.copy()))
-        if request.videos:
-            return
-        for image, item in zip(request.images, received.items, strict=True):
-            self._known[hashlib.sha256(image).digest()] = KnownImage(item.grid, item.key)
-            while len(self._known) > _KNOWN_PICTURES:
+            file = next(videos if item.timestamps else images)
+            known = KnownItem(item.grid, item.key, item.timestamps)
+            self._known[glimpse(file)] = _Known(hashlib.sha256(file).digest(), known)
+            while len(self._known) > _KNOWN_FILES:
                 self._known.popitem(last=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from deepstitch.errors import InputError
 
 __all__ = ["ComputeThread", "client_tls", "end_tasks", "server_tls"]
 
+_MOMENT = 0.005  # seconds
 Value = TypeVar("Value")
 
 
@@ -30,6 +32,16 @@ class ComputeThread:
             return await asyncio.get_running_loop().run_in_executor(self._pool, work)
         finally:
             self.waiting -= 1
+
+    def forget(self, value: object) -> None:
+        """Let go of something large there, a moment later: giving memory back takes time that others wait for."""
+        held = [value]
+
+        def let_go() -> None:
+            with contextlib.suppress(RuntimeError):  # the thread has ended
+                self._pool.submit(held.clear)
+
+        asyncio.get_running_loop().call_later(_MOMENT, let_go)
 
     async def close(self) -> None:
         """Let the running work end and drop the rest."""

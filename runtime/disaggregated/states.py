@@ -36,8 +36,8 @@ class TransitionError(RuntimeError):
 class SenderState(Enum):
     """Encode side."""
 
-    BOOTSTRAPPING = "bootstrapping"  # accepted, being encoded
-    WAITING_FOR_INPUT = "waiting for input"  # announced; holds no blocks
+    BOOTSTRAPPING = "bootstrapping"  # accepted, being encoded; its sizes are announced as soon as they are known
+    WAITING_FOR_INPUT = "waiting for input"  # encoded; holds no blocks
     STAGING = "staging"  # asked for, waiting for blocks
     TRANSFERRING = "transferring"  # blocks filled and announced; the other side reads
     SUCCESS = "success"
@@ -67,7 +67,7 @@ class ReceiverState(Enum):
     READING = "reading"  # the transport writes into the landing blocks
     CONFIRMING = "confirming"  # copied out, blocks given back, Received sent; more is to come
     QUARANTINED = "quarantined"  # the attempt failed while its read went on, which may write until it has ended
-    RELEASING = "releasing"  # all is here, Release sent
+    RELEASING = "releasing"  # all is here and used; Release is or will be sent
     SUCCESS = "success"
     FAILED = "failed"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from deepstitch.runtime.disaggregated.transport import TRANSPORTS, Importer, Spa
 __all__ = ["SCRATCH_BYTES", "Link"]
 
 _EVERYWHERE = ("0.0.0.0", "::")
+_MOMENT = 0.002  # seconds
+_AT_ONCE = 1 << 20  # bytes that are copied sooner than a thread is woken to do it
 SCRATCH_BYTES = 64 << 10  # of the landing memory per link: where block generations are read to
 
 
@@ -62,6 +64,7 @@ class Link:
         memory: npt.NDArray[np.uint8],
         scratch: npt.NDArray[np.uint8],
         tls: ssl.SSLContext | None = None,
+        count: Callable[[str], None] = lambda direction: None,
     ) -> Link:
         """Connect, and open the encode side's pool.
 
@@ -73,12 +76,19 @@ class Link:
             memory: the landing memory.
             scratch: ``SCRATCH_BYTES`` of it for this link alone.
             tls: context for TCP with TLS.
+            count: told of every message, ``in`` or ``out``.
 
         Raises:
             DisaggregationError: no connection, or the two sides do not fit.
         """
         caller, welcome = await connect(
-            address, token=token, identity=identity, transports=TRANSPORTS, deadlines=deadlines, tls=tls
+            address,
+            token=token,
+            identity=identity,
+            transports=TRANSPORTS,
+            deadlines=deadlines,
+            tls=tls,
+            count=count,
         )
         try:
             if 8 * (welcome.num_blocks + welcome.num_deepstack_blocks) > len(scratch):
@@ -91,43 +101,96 @@ class Link:
             raise
         return cls(caller, welcome, importer, scratch)
 
-    async def read(
-        self, spans: Sequence[Span], *, timeout: float, limit: float, wanted: asyncio.Future[None]
-    ) -> npt.NDArray[np.uint64]:
-        """Fill the spans, and read the generations of all blocks after that.
+    def reads_at_once(self, spans: Sequence[Span]) -> bool:
+        """Whether reading these is copying so little memory that it is not worth waking a thread."""
+        return self._importer.immediate and sum(len(span.local) for span in spans) <= _AT_ONCE
 
-        A failed read ends the link: after this has raised, nothing writes into the spans any more.
+    async def read(
+        self,
+        spans: Sequence[Span],
+        *,
+        accept: Callable[[npt.NDArray[np.uint64]], None],
+        timeout: float,
+        limit: float,
+        wanted: asyncio.Future[None],
+    ) -> None:
+        """Fill the spans, read the generations of all blocks after that, and hand them to ``accept``.
+
+        A failed read ends the link: after this has raised, nothing writes into the spans any more. What ``accept``
+        raises concerns this read alone.
 
         Args:
             spans: what goes where.
+            accept: told ``(num_blocks + num_deepstack_blocks,)`` uint64; in another thread, unless
+                :meth:`reads_at_once`.
             timeout: seconds without progress.
             limit: seconds in all, without those it waits for other reads.
             wanted: cancelled when nobody wants it any more; then it does not begin.
 
-        Returns:
-            ``(num_blocks + num_deepstack_blocks,)`` uint64.
-
         Raises:
-            DisaggregationError: see :meth:`Importer.read`.
+            DisaggregationError: see :meth:`Importer.read`, or what ``accept`` raised.
         """
         async with self._one_reader:
             if self.caller.lost.done():
                 raise self.caller.lost.result()
             if wanted.done():
                 raise DisaggregationError("nobody waits for this read any more")
-            loop = asyncio.get_running_loop()
-            reading = loop.run_in_executor(self._thread, self._read, spans, timeout)
-            either: set[asyncio.Future[Any]] = {reading, self.caller.lost}
-            await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():  # the process is gone, or slower than anybody waits for
-                self.caller.fail(PeerHung(f"{self.caller.address}: a read did not end within {limit:.3g} s"))
-                await self._close_importer()
             try:
-                return await reading
+                if self.reads_at_once(spans):
+                    refusal = self._read_and_accept(spans, timeout, accept)
+                else:
+                    refusal = await self._read_in_thread(spans, timeout, limit, accept)
             except DisaggregationError as error:
                 await self._close_importer()
                 self.caller.fail(error)
                 raise self.caller.lost.result() from None  # the first reason: not that it was closed here because of it
+        if refusal is not None:
+            raise refusal
+
+    async def _read_in_thread(
+        self,
+        spans: Sequence[Span],
+        timeout: float,
+        limit: float,
+        accept: Callable[[npt.NDArray[np.uint64]], None],
+    ) -> Exception | None:
+        reading = asyncio.get_running_loop().run_in_executor(
+            self._thread, self._read_and_accept, spans, timeout, accept
+        )
+        either: set[asyncio.Future[Any]] = {reading, self.caller.lost}
+        await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():  # the process is gone, or slower than anybody waits for
+            self.caller.fail(PeerHung(f"{self.caller.address}: a read did not end within {limit:.3g} s"))
+            await self._close_importer()
+        return await reading
+
+    def _read_and_accept(
+        self, spans: Sequence[Span], timeout: float, accept: Callable[[npt.NDArray[np.uint64]], None]
+    ) -> Exception | None:
+        """What ``accept`` refused, so that it is not taken for a failed read."""
+        generations = self._read(spans, timeout)
+        try:
+            accept(generations)
+        except Exception as error:
+            return error
+        return None
+
+    def attend(self, farewell: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Let something be said that nobody waits for, a moment later: what is waited for comes first."""
+
+        async def later() -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(_MOMENT)
+            await farewell()
+
+        task = asyncio.get_running_loop().create_task(later())
+        self._farewells.add(task)
+        task.add_done_callback(self._farewells.discard)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is left to be said."""
+        return not self._farewells
 
     def dismiss(self, message: Release) -> None:
         """Send a release that nobody waits for."""
@@ -137,9 +200,7 @@ class Link:
                 await self.caller.call(message)
 
         if not self.caller.lost.done():
-            task = asyncio.get_running_loop().create_task(farewell())
-            self._farewells.add(task)
-            task.add_done_callback(self._farewells.discard)
+            self.attend(farewell)
 
     async def close(self) -> None:
         """End the connection; a read under way fails."""

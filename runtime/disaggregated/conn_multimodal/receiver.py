@@ -59,7 +59,8 @@ class ReceivedPrompt:
         rope_delta: position of the next token minus ``n``.
         items: pictures and clips.
         resumes: transfers after the initial one.
-        seconds: of the encode side, per stage, and ``transfer``, which is all between announcement and release.
+        seconds: of the encode side, per stage, and when it ``began`` by its clock; and ``transfer``: staging the first
+            part, and all from when that was said to be ready until the last was read.
     """
 
     input_ids: Ints
@@ -132,11 +133,15 @@ class Receiver:
         poll = EncodeRequest(**self._names, poll=True)
         self._tools.faults.reached("language.requested")
         announcement = await self._ask(self._request, poll, Announcement)
-        media = len(self._request.images) + len(self._request.videos)
-        if len(announcement.items) != media or announcement.deepstack_rows > announcement.total_tokens:
+        items = announcement.items
+        steps = [len(item.timestamps) for item in items]
+        clips = sum(map(bool, steps))
+        asked = (len(self._request.images), len(self._request.videos))
+        whole = all(count in (0, item.grid[0]) for count, item in zip(steps, items, strict=True))
+        if (len(items) - clips, clips) != asked or not whole or announcement.deepstack_rows > announcement.total_tokens:
             raise ProtocolError(f"{self._link.caller.address}: announced something else than was asked for")
         self._move(ReceiverEvent.ANNOUNCED, "language.announced")
-        self._tools.mark("wait for encoder", began, time.monotonic())
+        self._tools.mark("wait for sizes", began, time.monotonic())
         return announcement
 
     async def _keep_alive(self) -> None:
@@ -147,7 +152,7 @@ class Receiver:
                 await self._link.caller.call(EncodeRequest(**self._names, poll=True))
 
     async def _receive(self, sizes: Announcement) -> ReceivedPrompt:
-        began, layout, pool = time.monotonic(), self._tools.pool.layout, self._tools.pool
+        layout, pool = self._tools.pool.layout, self._tools.pool
         total = sizes.total_tokens
         pool.check_fits(min(total, self._tools.first_tokens), sizes.deepstack_rows, side="language")
         try:
@@ -156,10 +161,14 @@ class Receiver:
         except (MemoryError, ValueError):
             raise RequestTooLarge(f"there is no memory for a prompt of {total} tokens") from None
         received = resumes = 0
+        seconds, began = dict(sizes.seconds), 0.0
         while received < total:
             grant = await self._allocate(min(total - received, self._tools.first_tokens), sizes, received)
             try:
                 ready = await self._ready(sizes, grant, received)
+                if received == 0:
+                    began = time.monotonic()
+                    seconds |= ready.seconds
                 await self._read(sizes, ready, grant, arrived)
             finally:
                 pool.release(self._owner)
@@ -171,9 +180,10 @@ class Receiver:
                 await self._link.caller.call(Received(**self._names, tokens=received))
                 self._move(ReceiverEvent.CONFIRMED)
         self._move(ReceiverEvent.READ_ALL, "language.read")
-        await self._release()
-        seconds = {**sizes.seconds, "transfer": time.monotonic() - began}
-        return _prompt(sizes, arrived, resumes, seconds)
+        seconds["transfer"] = seconds.get("staging", 0.0) + time.monotonic() - began
+        prompt = _prompt(sizes, arrived, resumes, seconds)
+        self._link.attend(self._release)
+        return prompt
 
     async def _allocate(self, tokens: int, sizes: Announcement, received: int) -> Grant:
         """Landing blocks, unless the encode process goes while there are none."""
@@ -221,7 +231,7 @@ class Receiver:
         if not fits:
             raise ProtocolError(f"{self._link.caller.address}: a transfer that does not fit what was asked for")
         self._move(ReceiverEvent.READY, "language.reading")
-        self._tools.mark("wait for staging", began, time.monotonic())
+        self._tools.mark("wait for rows", began, time.monotonic())
         return ready
 
     async def _read(
@@ -237,15 +247,16 @@ class Receiver:
         wanted = asyncio.get_running_loop().create_future()
         # one that began late may still end; one that never ends must not keep the blocks
         limit = max(self._tools.deadline - began, self._tools.hang)
-        reading = asyncio.ensure_future(self._link.read(spans, timeout=self._tools.hang, limit=limit, wanted=wanted))
+        accept = partial(self._accept, sizes, ready, grant, rows, arrived)
+        read = self._link.read(spans, accept=accept, timeout=self._tools.hang, limit=limit, wanted=wanted)
+        reading = None if self._link.reads_at_once(spans) else asyncio.ensure_future(read)
         try:
-            generations = await asyncio.shield(reading)
-            accept = partial(self._accept, sizes, ready, grant, rows, generations, arrived)
-            await asyncio.get_running_loop().run_in_executor(None, accept)
+            await (asyncio.shield(reading) if reading else read)  # the latter is not interrupted once it has begun
         except BaseException:
             self.machine.on(ReceiverEvent.READ_FAILED)
             wanted.cancel()  # where others are read first, it does not begin
-            await _ended(reading)
+            if reading:
+                await _ended(reading)
             self.machine.on(ReceiverEvent.TRANSPORT_CLOSED)
             raise
         self._tools.mark("read", began, time.monotonic())
@@ -266,8 +277,8 @@ class Receiver:
         ready: TransferReady,
         grant: Grant,
         rows: int,
-        generations: npt.NDArray[np.uint64],
         arrived: dict[str, npt.NDArray[Any]],
+        generations: npt.NDArray[np.uint64],
     ) -> None:
         """Copy out; refuse blocks that changed hands, belong to another transfer, or were damaged on the way."""
         link, buffers = self._link, self._tools.pool.buffers
@@ -298,13 +309,16 @@ class Receiver:
             buffers.copy_rows(BUFFERS[4], grant.deepstack, arrived[BUFFERS[4]])
 
     async def _release(self) -> None:
-        """Tell the encode side; an answer is welcome, but nothing depends on it any more."""
+        """Tell the encode side, while the prompt is on its way to the decoder: nothing depends on the answer."""
         self._tools.faults.reached("language.release_sent")
+        event = ReceiverEvent.GAVE_UP
         try:
             await self._link.caller.call(Release(**self._names))
-            self._move(ReceiverEvent.RELEASED)
+            event = ReceiverEvent.RELEASED
         except DisaggregationError:
-            self._move(ReceiverEvent.PEER_LOST)
+            event = ReceiverEvent.PEER_LOST
+        finally:
+            self._move(event)
 
     def _abandon(self, event: ReceiverEvent) -> None:
         """Reach the end of a failed attempt; the encode side hears of it if it still listens."""

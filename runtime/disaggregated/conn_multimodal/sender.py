@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from deepstitch.errors import DeepstitchError
 from deepstitch.runtime.calls import RowTokens
@@ -36,11 +37,28 @@ from deepstitch.runtime.disaggregated.messages import (
 )
 from deepstitch.runtime.disaggregated.pool import BlockPool, Grant
 from deepstitch.runtime.disaggregated.states import SENDER, Machine, SenderEvent, SenderState
+from deepstitch.runtime.engine.memory import to_host
 from deepstitch.runtime.preprocess import Prompt
 
-__all__ = ["EncodedPrompt", "Sender", "SenderTools", "request_bytes"]
+__all__ = ["EncodedPrompt", "PreparedSizes", "Sender", "SenderTools", "request_bytes"]
 
 _PATIENCE = 1.0  # seconds a reply may be held back, in the hope that it can be more than Pending
+_AT_ONCE = 1 << 20  # bytes that are written sooner than a thread is woken to do it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedSizes:
+    """What is known of a request before its pictures are encoded.
+
+    Attributes:
+        prompt: ids and positions.
+        deepstack_rows: there will be.
+        seconds: of preparing it, and when that ``began``.
+    """
+
+    prompt: Prompt
+    deepstack_rows: int
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +69,7 @@ class EncodedPrompt:
         prompt: ids and positions.
         tokens: embeddings, made on demand, and DeepStack rows.
         nbytes: of the encoder's output.
-        seconds: per stage.
+        seconds: of encoding it.
     """
 
     prompt: Prompt
@@ -65,20 +83,21 @@ class SenderTools:
     """What all rooms of an encode process share.
 
     Attributes:
-        encode: prepares and encodes a request.
+        encode: prepares a request, says so in this event loop, and encodes it.
         pool: blocks to send from.
         epoch: of the process.
         checksums: whether to sum what is sent.
         faults: for tests.
-        finished: told the outcome of every room, and what it sent: bytes by ``initial`` or ``resumed``.
+        finished: told the outcome of every room; what it sent, in bytes by ``initial`` or ``resumed``; and seconds per
+            stage, which nobody has to wait for before.
     """
 
-    encode: Callable[[EncodeRequest], Awaitable[EncodedPrompt]]
+    encode: Callable[[EncodeRequest, Callable[[PreparedSizes], None]], Awaitable[EncodedPrompt]]
     pool: BlockPool
     epoch: str
     checksums: bool
     faults: Faults
-    finished: Callable[[str, dict[str, int]], None]
+    finished: Callable[[str, dict[str, int], dict[str, float]], None]
 
 
 def request_bytes(request: EncodeRequest) -> int:
@@ -109,7 +128,8 @@ class Sender:
         self._start = self._received = 0
         self._filling = False
         self._sent = {"initial": 0, "resumed": 0}
-        self._news = asyncio.Event()
+        self._seconds: dict[str, float] = {}
+        self._news = asyncio.get_running_loop().create_future()
         tools.faults.reached("encode.accepted")
         self._task = asyncio.create_task(self._encode(request))
 
@@ -146,13 +166,20 @@ class Sender:
             self._finish(event)
 
     async def _announce(self, message: EncodeRequest) -> Message:
-        await self._settle(SenderState.BOOTSTRAPPING)
+        await self._settle(lambda: self._announcement is not None, self.touched + _PATIENCE)
         if self._announcement is None:
             return Pending(seq=message.seq, room=self._room, attempt=self._attempt)
         self._tools.faults.reached("encode.announced")
         return self._announcement
 
     async def _transfer(self, message: RoomMessage, start: int, tokens: int) -> Message:
+        """Stage what is asked for; an initial transfer may be asked for as soon as the sizes are announced."""
+        deadline = self.touched + _PATIENCE
+        pending = Pending(seq=message.seq, room=self._room, attempt=self._attempt)
+        if self._announcement is not None and start == 0:
+            await self._settle(lambda: self.machine.state is not SenderState.BOOTSTRAPPING, deadline)
+            if self.machine.state is SenderState.BOOTSTRAPPING:
+                return pending
         state = self.machine.state
         if self.machine.terminal:
             raise self._failure
@@ -164,9 +191,9 @@ class Sender:
             self._task = asyncio.create_task(self._stage(start, tokens))
         elif state not in (SenderState.STAGING, SenderState.TRANSFERRING) or start != self._start:
             raise ProtocolError(f"a transfer from token {start} on was asked for in state {state.value!r}")
-        await self._settle(SenderState.STAGING)
+        await self._settle(lambda: self.machine.state is not SenderState.STAGING, deadline)
         if self._ready is None:
-            return Pending(seq=message.seq, room=self._room, attempt=self._attempt)
+            return pending
         self._tools.faults.reached("encode.ready")
         return self._ready
 
@@ -190,21 +217,20 @@ class Sender:
             self._tools.faults.reached("encode.released")
         return Released(seq=message.seq, room=self._room, attempt=self._attempt)
 
-    async def _settle(self, busy: SenderState) -> None:
-        """Wait a moment for ``busy`` to pass.
+    async def _settle(self, settled: Callable[[], bool], deadline: float) -> None:
+        """Wait until ``settled``, or until ``deadline``, in seconds of the monotonic clock.
 
         Raises:
             DisaggregationError: the room failed.
         """
-        if self.machine.state is busy:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.wait(), timeout=_PATIENCE)
+        while not settled() and not self.machine.terminal and (left := deadline - time.monotonic()) > 0:
+            await asyncio.wait({self._news}, timeout=left)
         if self.machine.terminal:
             raise self._failure
 
     async def _encode(self, request: EncodeRequest) -> None:
         try:
-            encoded = await self._tools.encode(request)
+            encoded = await self._tools.encode(request, self._prepared)
             self._tools.faults.reached("encode.encoded")
         except DisaggregationError as error:
             self._refuse(error)
@@ -215,28 +241,33 @@ class Sender:
         else:
             if not self.machine.terminal:
                 self._encoded = encoded
-                self._announcement = self._sizes(encoded)
                 self._move(SenderEvent.ENCODED)
 
-    def _sizes(self, encoded: EncodedPrompt) -> Announcement:
-        prompt, vision = encoded.prompt, encoded.prompt.vision
+    def _prepared(self, sizes: PreparedSizes) -> None:
+        """Announce them: landing blocks can be found, and the transfer asked for, while the encoder works."""
+        if self.machine.state is not SenderState.BOOTSTRAPPING:
+            return
+        self._seconds |= sizes.seconds
+        prompt, vision = sizes.prompt, sizes.prompt.vision
         grids: Any = vision.grid_thw.tolist() if vision else []
         keys = vision.content_keys if vision else ()
-        return Announcement(
+        facts = zip(keys, grids, prompt.timestamps, strict=True)
+        self._announcement = Announcement(
             seq=0,
             room=self._room,
             attempt=self._attempt,
             total_tokens=len(prompt.input_ids),
-            deepstack_rows=len(encoded.tokens.deepstack),
+            deepstack_rows=sizes.deepstack_rows,
             rope_delta=prompt.rope_delta,
-            items=tuple(Item(key=key, grid=tuple(grid)) for key, grid in zip(keys, grids, strict=True)),
-            seconds=encoded.seconds,
+            items=tuple(Item(key=key, grid=tuple(grid), timestamps=steps) for key, grid, steps in facts),
+            seconds=sizes.seconds,
         )
+        self._tell()
 
     async def _stage(self, start: int, tokens: int) -> None:
         """Wait for blocks, fill them, and say that they are ready."""
         assert self._encoded is not None
-        pool, encoded = self._tools.pool, self._encoded
+        asked, pool, encoded = time.monotonic(), self._tools.pool, self._encoded
         capacity = pool.tokens.total * pool.layout.block_tokens
         count = min(tokens, len(encoded.prompt.input_ids) - start, capacity)
         rows = len(encoded.tokens.deepstack) if start == 0 else 0
@@ -245,15 +276,17 @@ class Sender:
             grant = await pool.acquire(self._owner, count, rows)
             self._filling = True
             self._tools.faults.reached("encode.staging")
-            ready = await asyncio.get_running_loop().run_in_executor(None, self._fill, encoded, grant, start, count)
+            ready = await self._filled(encoded, grant, start, count)
         except DisaggregationError as error:
             self._refuse(error)
         except Exception as error:
             self._refuse(EncodeFailed(f"staging failed: {type(error).__name__}: {error}"))
         else:
             if self.machine.state is SenderState.STAGING:
-                self._ready = ready
-                self._sent["resumed" if start else "initial"] += self._bytes(ready)
+                seconds = {} if start else {**encoded.seconds, "staging": time.monotonic() - asked}
+                self._seconds |= seconds
+                self._ready = msgspec.structs.replace(ready, seconds=seconds)
+                self._sent["resumed" if start else "initial"] += self._nbytes(count, rows)
                 self._tools.faults.reached("encode.staged")
                 self._move(SenderEvent.STAGED)
         finally:
@@ -261,13 +294,19 @@ class Sender:
             if self.machine.state is not SenderState.TRANSFERRING:
                 pool.release(self._owner)  # ended meanwhile; not before the last write
 
+    async def _filled(self, encoded: EncodedPrompt, grant: Grant, start: int, count: int) -> TransferReady:
+        """Blocks with rows in them; many rows are for a worker thread."""
+        rows = 0 if start else len(encoded.tokens.deepstack)
+        if self._nbytes(count, rows) <= _AT_ONCE:
+            return self._fill(encoded, grant, start, count)
+        return await asyncio.get_running_loop().run_in_executor(None, self._fill, encoded, grant, start, count)
+
     def _fill(self, encoded: EncodedPrompt, grant: Grant, start: int, count: int) -> TransferReady:
-        """Write rows into blocks; in a worker thread."""
+        """Write rows into blocks."""
         buffers, prompt = self._tools.pool.buffers, encoded.prompt
         span = slice(start, start + count)
-        buffers.write_tokens(
-            grant.tokens, encoded.tokens.embeds[span], prompt.input_ids[span], prompt.position_ids[:, span]
-        )
+        embeds = to_host(encoded.tokens.embeds[span])
+        buffers.write_tokens(grant.tokens, embeds, prompt.input_ids[span], prompt.position_ids[:, span])
         stamp = Stamp(
             total_tokens=len(prompt.input_ids),
             rope_delta=prompt.rope_delta,
@@ -282,7 +321,7 @@ class Sender:
         rows = 0
         if start == 0:
             rows = len(encoded.tokens.deepstack)
-            buffers.write_deepstack(grant.deepstack, encoded.tokens.deepstack)
+            buffers.write_deepstack(grant.deepstack, to_host(encoded.tokens.deepstack))
         checksums: tuple[int, ...] = ()
         if self._tools.checksums:
             summed = [buffers.checksum(name, grant.tokens, count) for name in TOKEN_BUFFERS]
@@ -300,11 +339,11 @@ class Sender:
             checksums=checksums,
         )
 
-    def _bytes(self, ready: TransferReady) -> int:
-        layout, encoded = self._tools.pool.layout, self._encoded
-        rows = len(encoded.tokens.deepstack) if encoded and ready.start == 0 else 0
-        tokens = sum(layout.row_bytes(name) for name in TOKEN_BUFFERS) * ready.count
-        return tokens + layout.row_bytes(BUFFERS[3]) + rows * layout.row_bytes(BUFFERS[4])
+    def _nbytes(self, tokens: int, deepstack_rows: int) -> int:
+        """Of one transfer."""
+        layout = self._tools.pool.layout
+        row = sum(layout.row_bytes(name) for name in TOKEN_BUFFERS)
+        return tokens * row + layout.row_bytes(BUFFERS[3]) + deepstack_rows * layout.row_bytes(BUFFERS[4])
 
     def _refuse(self, error: DisaggregationError) -> None:
         if not self.machine.terminal:
@@ -314,8 +353,12 @@ class Sender:
 
     def _move(self, event: SenderEvent) -> None:
         self.machine.on(event)
-        self._news.set()
-        self._news = asyncio.Event()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wake everybody who waits for this room."""
+        self._news.set_result(None)
+        self._news = asyncio.get_running_loop().create_future()
 
     def _finish(self, event: SenderEvent) -> None:
         """Reach an end: nothing stays but the tombstone."""
@@ -325,4 +368,4 @@ class Sender:
             if self._task is not asyncio.current_task():
                 self._task.cancel()
             self._tools.pool.release(self._owner)
-        self._tools.finished(self.machine.state.value, self._sent)
+        self._tools.finished(self.machine.state.value, self._sent, self._seconds)

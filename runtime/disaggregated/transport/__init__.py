@@ -54,7 +54,13 @@ class Exporter(Protocol):
 
 
 class Importer(Protocol):
-    """Language side: reads the pool of one encode process. One thread reads at a time; any thread may close."""
+    """Language side: reads the pool of one encode process. One thread reads at a time; any thread may close.
+
+    Attributes:
+        immediate: reading is copying memory, which never waits for the other process.
+    """
+
+    immediate: bool
 
     def read(self, spans: Sequence[Span], *, timeout: float) -> None:
         """Fill the local side of every span.

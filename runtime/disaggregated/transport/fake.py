@@ -138,6 +138,8 @@ class FakeExporter:
 class FakeImporter:
     """Language side; see :class:`~deepstitch.runtime.disaggregated.transport.Importer`."""
 
+    immediate = True
+
     def __init__(self, exporter: FakeExporter, ticket: str) -> None:
         self._exporter = exporter
         self._ticket = ticket
@@ -170,6 +172,8 @@ class FakeImporter:
 
 class Faulty:
     """An importer whose reads go wrong as scheduled. Any error ends it, as with the real ones."""
+
+    immediate = False
 
     def __init__(
         self, importer: Importer, schedule: Schedule, *, snapshot: npt.NDArray[np.uint8] | None = None

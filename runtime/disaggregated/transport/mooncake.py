@@ -23,7 +23,8 @@ import numpy.typing as npt
 from deepstitch.errors import InputError, MissingDependency
 from deepstitch.runtime.disaggregated.errors import PeerHung, PeerLost, ProtocolError
 from deepstitch.runtime.disaggregated.transport import Span
-from deepstitch.runtime.disaggregated.transport.gate import KNOCK_SECONDS, Gate, knock
+from deepstitch.runtime.disaggregated.transport.exporter import GatedExporter
+from deepstitch.runtime.disaggregated.transport.gate import KNOCK_SECONDS, knock
 from deepstitch.runtime.disaggregated.transport.reader import Reader, Stretch, address_of, stretches
 from deepstitch.runtime.disaggregated.transport.sockets import connect, listen, new_memory, number_in
 
@@ -85,44 +86,25 @@ def open_importer(endpoint: Mapping[str, str], ticket: str, local: npt.NDArray[n
     return importer
 
 
-class MooncakeExporter:
+class MooncakeExporter(GatedExporter):
     """Encode side; see :class:`~deepstitch.runtime.disaggregated.transport.Exporter`."""
 
     def __init__(self, nbytes: int, where: str) -> None:
         protocol, _, host = where.rpartition("://")
+        protocol = protocol or "tcp"
         _package()
-        self.memory = new_memory(nbytes)
-        listener = listen(host)
+        memory, listener = new_memory(nbytes), listen(host)
         try:
-            self._engine = _start(host, protocol or "tcp", self.memory)
+            self._engine = _start(host, protocol, memory)
         except BaseException:
             listener.close()
             raise
-        greeting = {
-            "target": f"{host}:{self._engine.get_rpc_port()}",
-            "address": address_of(self.memory),
-            "protocol": protocol or "tcp",
-        }
-        self._gate = Gate(listener, greeting=json.dumps(greeting).encode())
-        self.endpoint: Mapping[str, str] = {
-            "host": host,
-            "port": str(self._gate.address[1]),
-            "nbytes": str(nbytes),
-        }
+        target = f"{host}:{self._engine.get_rpc_port()}"
+        greeting = {"target": target, "address": address_of(memory), "protocol": protocol}
+        super().__init__(memory, listener, host, greeting=json.dumps(greeting).encode())
 
-    def admit(self, ticket: str) -> None:
-        """Let whoever shows ``ticket`` read."""
-        self._gate.admit(ticket)
-
-    def revoke(self, ticket: str) -> None:
-        """End its connections. A reader that has the engine's address could go on reading, but not unnoticed."""
-        self._gate.revoke(ticket)
-
-    def close(self) -> None:
-        """Stop serving; the memory itself goes with its last array."""
-        self._gate.close()
+    def _free(self) -> None:
         self._engine = None  # before its memory
-        self.memory = np.zeros(0, np.uint8)
 
 
 class MooncakeImporter(Reader):

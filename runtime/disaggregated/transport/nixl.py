@@ -27,7 +27,8 @@ import numpy.typing as npt
 from deepstitch.errors import InputError, MissingDependency
 from deepstitch.runtime.disaggregated.errors import PeerLost, ProtocolError
 from deepstitch.runtime.disaggregated.transport import Span
-from deepstitch.runtime.disaggregated.transport.gate import Gate, knock
+from deepstitch.runtime.disaggregated.transport.exporter import GatedExporter
+from deepstitch.runtime.disaggregated.transport.gate import knock
 from deepstitch.runtime.disaggregated.transport.reader import Reader, Stretch, address_of, stretches
 from deepstitch.runtime.disaggregated.transport.sockets import connect, listen, new_memory, number_in
 
@@ -80,42 +81,22 @@ def open_importer(endpoint: Mapping[str, str], ticket: str, local: npt.NDArray[n
         raise
 
 
-class NixlExporter:
+class NixlExporter(GatedExporter):
     """Encode side; see :class:`~deepstitch.runtime.disaggregated.transport.Exporter`."""
 
     def __init__(self, nbytes: int, where: str) -> None:
         _package()
-        self.memory = new_memory(nbytes)
-        listener = listen(where)
+        memory, listener = new_memory(nbytes), listen(where)
         try:
-            self._agent = _Agent(self.memory)
+            self._agent = _Agent(memory)
         except BaseException:
             listener.close()
             raise
-        greeting = {
-            "metadata": base64.b64encode(self._agent.metadata).decode(),
-            "address": address_of(self.memory),
-        }
-        self._gate = Gate(listener, greeting=json.dumps(greeting).encode())
-        self.endpoint: Mapping[str, str] = {
-            "host": where,
-            "port": str(self._gate.address[1]),
-            "nbytes": str(nbytes),
-        }
+        greeting = {"metadata": base64.b64encode(self._agent.metadata).decode(), "address": address_of(memory)}
+        super().__init__(memory, listener, where, greeting=json.dumps(greeting).encode())
 
-    def admit(self, ticket: str) -> None:
-        """Let whoever shows ``ticket`` read."""
-        self._gate.admit(ticket)
-
-    def revoke(self, ticket: str) -> None:
-        """End its connections. A reader that knows the pool's address could go on reading, but not unnoticed."""
-        self._gate.revoke(ticket)
-
-    def close(self) -> None:
-        """Stop serving; the memory itself goes with its last array."""
-        self._gate.close()
+    def _free(self) -> None:
         self._agent.close()  # before its memory
-        self.memory = np.zeros(0, np.uint8)
 
 
 class NixlImporter(Reader):

@@ -24,6 +24,8 @@ class Reader:
     read under way; so nothing lands in local memory after it.
     """
 
+    immediate = False
+
     def __init__(self, connection: socket.socket, nbytes: int, local: npt.NDArray[np.uint8], peer: str) -> None:
         """``connection`` has been let in at the gate of ``peer``, whose pool has ``nbytes``; spans lie in ``local``."""
         self._connection = connection

@@ -115,6 +115,8 @@ class ShmImporter(Reader):
     A stopped encode process does not hinder reading: what it has staged is there.
     """
 
+    immediate = True
+
     def __init__(self, connection: socket.socket, pages: mmap.mmap, local: npt.NDArray[np.uint8], peer: str) -> None:
         super().__init__(connection, len(pages), local, peer)
         connection.setblocking(False)

@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from deepstitch.runtime.disaggregated.errors import PeerLost
 from deepstitch.runtime.disaggregated.transport import Span
-from deepstitch.runtime.disaggregated.transport.gate import Gate, Guest, check_news, knock, receive_exactly
+from deepstitch.runtime.disaggregated.transport.exporter import GatedExporter
+from deepstitch.runtime.disaggregated.transport.gate import Guest, check_news, knock, receive_exactly
 from deepstitch.runtime.disaggregated.transport.reader import Reader
 from deepstitch.runtime.disaggregated.transport.sockets import connect, keep_alive, listen, new_memory, number_in
 
@@ -66,31 +67,11 @@ def open_importer(
     return TcpImporter(connection, nbytes, local, peer)
 
 
-class TcpExporter:
+class TcpExporter(GatedExporter):
     """Encode side; see :class:`~deepstitch.runtime.disaggregated.transport.Exporter`."""
 
     def __init__(self, nbytes: int, where: str, context: ssl.SSLContext | None = None) -> None:
-        self.memory = new_memory(nbytes)
-        listener = listen(where)
-        self._gate = Gate(listener, self._serve, context=context)
-        self.endpoint: Mapping[str, str] = {
-            "host": where,
-            "port": str(self._gate.address[1]),
-            "nbytes": str(nbytes),
-        }
-
-    def admit(self, ticket: str) -> None:
-        """Let whoever shows ``ticket`` read."""
-        self._gate.admit(ticket)
-
-    def revoke(self, ticket: str) -> None:
-        """End its connections: not a byte more leaves for them."""
-        self._gate.revoke(ticket)
-
-    def close(self) -> None:
-        """Stop serving; the memory itself goes with its last array."""
-        self._gate.close()
-        self.memory = np.zeros(0, np.uint8)
+        super().__init__(new_memory(nbytes), listen(where), where, serve=self._serve, context=context)
 
     def _serve(self, guest: Guest) -> None:
         keep_alive(guest.connection)

@@ -25,12 +25,14 @@ class Record(NamedTuple):
         start: first token of the part that was asked for last.
         count: tokens of it; 0 before it is staged.
         confirmed: tokens the language side has.
+        prepared: its sizes are known, though it may still be being encoded.
     """
 
     state: SenderState
     start: int = 0
     count: int = 0
     confirmed: int = 0
+    prepared: bool = False
 
 
 class Answer(Enum):
@@ -58,17 +60,23 @@ def on_encode(record: Record | None, *, poll: bool = False) -> Decision:
         return Decision(Answer.FAILURE) if poll else Decision(Answer.PENDING, becomes=SenderState.BOOTSTRAPPING)
     if record.state in TERMINAL:
         return Decision(Answer.FAILURE)
-    return Decision(Answer.PENDING if record.state is SenderState.BOOTSTRAPPING else Answer.ANNOUNCEMENT)
+    unknown = record.state is SenderState.BOOTSTRAPPING and not record.prepared
+    return Decision(Answer.PENDING if unknown else Answer.ANNOUNCEMENT)
 
 
 def on_transfer(record: Record | None, start: int) -> Decision:
-    """``TransferInit``, where ``start`` is 0, and ``TransferResume``, where it is ``sent_tokens``."""
+    """``TransferInit``, where ``start`` is 0, and ``TransferResume``, where it is ``sent_tokens``.
+
+    Who knows the sizes may ask for the rows: the answer comes when they are encoded and staged.
+    """
     if record is None or record.state in TERMINAL:
         return Decision(Answer.FAILURE)
     if start < record.confirmed:
         return Decision(
             Answer.FAILURE
         )  # of an earlier part, come twice: nothing is staged, nobody waits for the answer
+    if record.state is SenderState.BOOTSTRAPPING and record.prepared and not start:
+        return Decision(Answer.PENDING)
     if record.state is SenderState.BOOTSTRAPPING or start > record.confirmed:
         return Decision(Answer.PROTOCOL)
     if record.state is SenderState.WAITING_FOR_INPUT:

@@ -8,8 +8,9 @@ messages of an earlier attempt are still under way when the next one runs.
 
 What is simplified: a block holds one token, or all DeepStack rows. A generation is kept as what it is good for: an
 offer is ``fresh`` until its blocks are given back. Whether the data are right is ``clean``: until somebody writes into
-these blocks. A request whose answer is Pending stays under way, which is asking again. An answer that nobody waits for
-vanishes, which is what ``seq`` does. A read in QUARANTINED may write until the transport is closed.
+these blocks. Sizes are known as soon as encoding begins: where they are not yet, a request might as well come later. A
+request whose answer is Pending stays under way, which is asking again. An answer that nobody waits for vanishes, which
+is what ``seq`` does. A read in QUARANTINED may write until the transport is closed.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,17 @@ async def pair(
             right = LanguageServer(language_config(bundle, left.address, **{**shared, **(language or {})}))
             async with running(right):
                 yield left, right
-                assert right.idle
-                assert left.idle
+                assert await soon(lambda: right.idle)
+                assert await soon(lambda: left.idle)
+
+
+async def soon(true: Callable[[], bool]) -> bool:
+    """An encode process hears that it was read when the answer is being written already."""
+    for _ in range(100):
+        if true():
+            return True
+        await asyncio.sleep(0.01)
+    return False
 
 
 async def ask(

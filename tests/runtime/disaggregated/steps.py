@@ -269,7 +269,7 @@ def answer(draft: Draft, message: Message, decision: Decision) -> None:
     if decision.answer is Answer.PROTOCOL:
         raise Broken("a well-behaved peer is told that it broke the protocol")
     if decision.becomes:
-        draft.encode[room][attempt] = Encode(Record(decision.becomes), message.connection)
+        draft.encode[room][attempt] = Encode(Record(decision.becomes, prepared=True), message.connection)
     if decision.event is SE.INIT:
         draft.move_encode(room, attempt, SE.INIT, start=message.number, count=0)
     elif decision.event is SE.RECEIVED:

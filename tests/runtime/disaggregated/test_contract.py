@@ -19,7 +19,7 @@ import pytest
 from deepstitch.runtime.disaggregated.buffers import BufferLayout
 from deepstitch.runtime.disaggregated.config import Address, EncodeConfig
 from deepstitch.runtime.disaggregated.conn_multimodal import sender
-from deepstitch.runtime.disaggregated.conn_multimodal.sender import SenderTools
+from deepstitch.runtime.disaggregated.conn_multimodal.sender import PreparedSizes, SenderTools
 from deepstitch.runtime.disaggregated.errors import DisaggregationError, EncodeFailed, PeerLost
 from deepstitch.runtime.disaggregated.faults import Faults
 from deepstitch.runtime.disaggregated.messages import (
@@ -58,12 +58,16 @@ MESSAGES: dict[str, RoomMessage] = {
     "release": Release(**NAMES),
     "abandon": Release(**NAMES, abandoned=True),
 }
-# "encoded", "fails": the encoder ends; "starve": a stranger takes all blocks; "lease", "gone": the room is ended
+# "prepared": the sizes are known; "encoded", "fails": the encoder ends; "starve": a stranger takes all blocks;
+# "lease", "gone": the room is ended
 WAYS: dict[str, tuple[str, ...]] = {
     "never heard of": (),
     "released before it came": ("abandon",),
     "being encoded": ("encode",),
     "failed": ("encode", "fails"),
+    "announced, and being encoded": ("encode", "prepared"),
+    "asked for while it is encoded": ("encode", "prepared", "init"),
+    "failed after its announcement": ("encode", "prepared", "init", "fails"),
     "announced": ("encode", "encoded"),
     "waiting for blocks": ("encode", "encoded", "starve", "init"),
     "ready": ("encode", "encoded", "init"),
@@ -86,16 +90,21 @@ class Room:
         self.pool = BlockPool(layout, np.zeros(layout.nbytes, np.uint8))
         self.server = EncodeServer(EncodeConfig(bundle=Path("none"), listen=Address.parse("unix:none")))
         self.encoded: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.prepared: Any = None
         self.server._tools = SenderTools(
-            encode=lambda request: self.encoded,
+            encode=self.encode,
             pool=self.pool,
             epoch=NAMES["room"],
             checksums=True,
             faults=Faults(),
-            finished=lambda outcome, sent: None,
+            finished=lambda outcome, sent, seconds: None,
         )
         self.record: Record | None = None
         self.slow = False  # blocks are not filled before the test says so
+
+    async def encode(self, request: EncodeRequest, prepared: Any) -> Any:
+        self.prepared = prepared
+        return await self.encoded
 
     async def go(self, step: str) -> None:
         """One step of a way."""
@@ -103,7 +112,13 @@ class Room:
             await self.send(step)
         elif step == "starve":
             assert self.pool.tokens.allocate("stranger", self.pool.tokens.free)
+        elif step == "prepared":
+            prompt = self.prompt()
+            self.prepared(PreparedSizes(prompt=prompt.prompt, deepstack_rows=len(prompt.tokens.deepstack)))
+            assert self.record
+            self.record = self.record._replace(prepared=True)
         elif step == "encoded":
+            await self.go("prepared")
             self.encoded.set_result(self.prompt())
             self.record = Record(SenderState.WAITING_FOR_INPUT)
         elif step == "fails":
@@ -152,7 +167,11 @@ class Room:
     def prompt() -> Any:
         """Three tokens, one of them visual."""
         prompt = SimpleNamespace(
-            input_ids=np.arange(TOKENS), position_ids=np.zeros((3, TOKENS), np.int64), rope_delta=0, vision=None
+            input_ids=np.arange(TOKENS),
+            position_ids=np.zeros((3, TOKENS), np.int64),
+            rope_delta=0,
+            vision=None,
+            timestamps=(),
         )
         tokens = SimpleNamespace(embeds=np.ones((TOKENS, 4), np.float32), deepstack=np.ones((1, 4), np.float32))
         return SimpleNamespace(prompt=prompt, tokens=tokens, seconds={})
@@ -261,6 +280,7 @@ def test_the_thread_that_fills_blocks_keeps_them_until_it_has_ended(monkeypatch:
 
     async def body(room: Room) -> None:
         monkeypatch.setattr(sender.Sender, "_fill", slow)
+        monkeypatch.setattr(sender, "_AT_ONCE", 0)
         room.slow = True
         for step in ("encode", "encoded", "init", "gone"):
             await room.go(step)

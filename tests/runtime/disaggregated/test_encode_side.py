@@ -85,6 +85,12 @@ async def announced(caller: Caller, message: EncodeRequest) -> Announcement:
     return reply
 
 
+async def encoded(server: EncodeServer) -> None:
+    """What was announced is encoded a little later."""
+    while server.waiting:
+        await asyncio.sleep(0.001)
+
+
 @pytest.mark.parametrize(
     "part",
     [
@@ -132,6 +138,7 @@ def test_bytes_are_admitted_up_to_a_limit(plain_bundle, identity, files):
                 await caller.call(request(ROOMS[2], [large]))
             gate.set()
             await asyncio.gather(hold, first)
+            await encoded(server)
             features = server._rooms[next(iter(server._rooms))].nbytes
             assert 0 < features < 60_000  # the picture itself is not kept
             await announced(caller, request(ROOMS[3], [large]))
@@ -153,11 +160,14 @@ def test_features_that_nobody_reads_keep_others_from_being_encoded(plain_bundle,
         config = encode_config(plain_bundle, "tcp", "", encoder_cache_bytes=0)
         async with running(EncodeServer(config)) as server, guest(server, identity) as caller:
             await announced(caller, request(ROOMS[0], files[:1]))
+            await encoded(server)
             one = server._features
             server.config = replace(config, request_bytes=one)
-            waits = asyncio.create_task(server._encode(request(ROOMS[1], files[1:2])))
+            told: list[Any] = []
+            waits = asyncio.create_task(server._encode(request(ROOMS[1], files[1:2]), told.append))
             await asyncio.sleep(0.3)
             assert not waits.done() and server.encoded == 1
+            assert not told  # else blocks would be held for it, which the others may need
             await caller.call(Release(seq=0, room=ROOMS[0], attempt=0, abandoned=True))
             await asyncio.wait_for(waits, 5.0)
 
@@ -283,9 +293,9 @@ def test_a_busy_process_is_healthy(plain_bundle, identity, files, monkeypatch):
         async with running(EncodeServer(encode_config(plain_bundle, "tcp", ""))) as server:
             encode_now = server._encode_now
 
-            def slow(message: EncodeRequest) -> Any:
+            def slow(message: EncodeRequest, prepared: Any) -> Any:
                 time.sleep(0.25)
-                return encode_now(message)
+                return encode_now(message, prepared)
 
             server._encode_now = slow
             async with guest(server, identity) as caller:

@@ -215,7 +215,7 @@ IMPOSSIBLE = {
     "is pending": Pending(seq=0, room=ROOM, attempt=0),
     "has released": Released(seq=0, room=ROOM, attempt=0),
     "has failed": Failure(seq=0, code="busy", text=""),
-    "pongs": Pong(seq=0, waiting=1),
+    "pongs": Pong(seq=0, waiting=1, clock=0.0),
     "sends no messages": EncodeRequest(seq=0, room="d" * 32, attempt=0),
     "sends no JSON": EncodeRequest(seq=0, room="e" * 32, attempt=0, messages=b"\xff\x00"),
     "sends a number": EncodeRequest(seq=0, room="f" * 32, attempt=0, messages=b"7"),

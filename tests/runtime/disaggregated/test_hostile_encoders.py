@@ -128,10 +128,13 @@ LIES: dict[str, Callable[[Liar, Any], Any]] = {
     "one picture more": about(Announcement, items=lambda a: (*a.items, ITEM)),
     "another grid": about(Announcement, items=(ITEM,)),
     "a huge grid": about(Announcement, items=(Item(key="00", grid=(BIG, BIG, BIG)),)),
+    "a picture that is a clip": about(
+        Announcement, items=lambda a: tuple(replace(each, timestamps=(0.5,)) for each in a.items)
+    ),
     "another delta": about(Announcement, rope_delta=BIG),
     "another room's sizes": about(Announcement, room="a" * 32),
     "another attempt": about(TransferReady, attempt=9),
-    "another kind of message": lambda _, reply: Pong(seq=0, waiting=0),
+    "another kind of message": lambda _, reply: Pong(seq=0, waiting=0, clock=0.0),
 }
 
 

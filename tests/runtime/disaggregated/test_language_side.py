@@ -29,14 +29,14 @@ from deepstitch.runtime.disaggregated.errors import (
     RequestTooLarge,
 )
 from deepstitch.runtime.disaggregated.framing import REQUEST_LIMIT
-from deepstitch.runtime.disaggregated.messages import Announcement, decode, encode
+from deepstitch.runtime.disaggregated.messages import decode, encode
 from deepstitch.runtime.disaggregated.multimodal_embedding import EncodeServer
 from deepstitch.runtime.disaggregated.multimodal_language import LanguageServer
 from deepstitch.runtime.disaggregated.reception import Request
 from deepstitch.runtime.results import Result
 from deepstitch.runtime.stream import TextStream
 
-from .pair import ask, encode_config, language_config, pair, png, running, same
+from .pair import ask, encode_config, language_config, pair, png, running, same, soon
 
 NOBODY = Address.parse("unix:/nonexistent/encode.sock")
 
@@ -290,7 +290,7 @@ def test_an_announcement_without_times(plain_bundle: Path, files: list[bytes], f
     class Timeless(EncodeServer):
         async def _room(self, peer: str, message: Any) -> Any:
             reply = await super()._room(peer, message)
-            return msgspec.structs.replace(reply, seconds={}) if isinstance(reply, Announcement) else reply
+            return msgspec.structs.replace(reply, seconds={}) if hasattr(reply, "seconds") else reply
 
     async def run() -> None:
         async with (
@@ -338,6 +338,33 @@ def test_a_transport_that_fails_in_its_own_way_is_refused(plain_bundle: Path, mo
 
     monkeypatch.setattr(encoders.Link, "open", broken)
     refused(language_config(plain_bundle, NOBODY), "the engine does not start")
+
+
+def test_messages_and_connections_are_counted(plain_bundle: Path, files: list[bytes]) -> None:
+    async def run() -> None:
+        async with pair(plain_bundle) as (encode, language):
+
+            def shown(server: Any, what: str) -> float:
+                lines = server.metrics.text().decode().splitlines()
+                return sum(float(line.split()[-1]) for line in lines if line.startswith(f"deepstitch_{what}"))
+
+            assert shown(language, "connections ") == 1
+            before = shown(language, "messages_total")
+            await ask(language, "what is it?", [files[0]])
+            assert await soon(lambda: language.idle)
+            assert shown(language, "messages_total") >= before + 6
+            for here, there in (("in", "out"), ("out", "in")):
+                counts = (
+                    shown(language, f'messages_total{{direction="{here}"}}'),
+                    shown(encode, f'messages_total{{direction="{there}"}}'),
+                )
+                assert counts[0] == counts[1] > 0
+            await encode.stop()
+            while language._encoders.connected:
+                await asyncio.sleep(0.01)
+            assert shown(language, "connections ") == 0
+
+    asyncio.run(run())
 
 
 def test_an_address_that_leaves_and_comes_back_is_shown(plain_bundle: Path) -> None:

@@ -44,6 +44,8 @@ def test_the_pool_is_where_the_encode_process_was_found(
 class SlowImporter:
     """Reads that last until they are let go, or it is closed."""
 
+    immediate = False
+
     def __init__(self) -> None:
         self.go_on, self.closed, self.reads = threading.Event(), False, 0
 
@@ -70,7 +72,9 @@ def test_a_read_that_nobody_wants_any_more_does_not_begin() -> None:
     async def run() -> None:
         importer = SlowImporter()
         link, wanted = link_with(importer), [asyncio.get_running_loop().create_future() for _ in range(2)]
-        first, second = [asyncio.create_task(link.read([], timeout=9, limit=9, wanted=each)) for each in wanted]
+        first, second = [
+            asyncio.create_task(link.read([], accept=len, timeout=9, limit=9, wanted=each)) for each in wanted
+        ]
         await asyncio.sleep(0.05)
         wanted[1].cancel()
         importer.go_on.set()
@@ -88,7 +92,7 @@ def test_a_read_that_never_ends_is_ended() -> None:
         importer = SlowImporter()
         link = link_with(importer)
         with pytest.raises(PeerHung, match="did not end within"):
-            await link.read([], timeout=9, limit=0.1, wanted=asyncio.get_running_loop().create_future())
+            await link.read([], accept=len, timeout=9, limit=0.1, wanted=asyncio.get_running_loop().create_future())
         assert importer.closed
 
     asyncio.run(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import struct
 import time
@@ -158,6 +159,10 @@ def test_long_lists_texts_and_bytes_are_refused():
     }
     assert decode(msgspec.msgpack.encode(announcement)).seconds == {}
     refuse({**announcement, "seconds": {str(number): 1.0 for number in range(65)}})
+    for never in (math.nan, math.inf):
+        refuse({**announcement, "seconds": {"encode": never}})
+        refuse({**announcement, "items": [{"key": "ab", "grid": [1, 1, 1], "timestamps": [never]}]})
+        refuse({"type": "pong", "seq": 1, "waiting": 0, "clock": never})
     refuse({**announcement, "items": [{"key": "ab", "grid": [1, 1]}]})
     refuse({**announcement, "items": [{"key": "ab", "grid": [1, 1, 0]}]})
 
@@ -207,7 +212,7 @@ def test_messages_mutated_before_they_are_framed():
 
 def test_the_fuzzer_notices():
     """Decoders that let something through, and one that falls over."""
-    seeds = [encode(TransferInit(**ROOM, tokens=3)), encode(Pong(seq=1, waiting=2))]
+    seeds = [encode(TransferInit(**ROOM, tokens=3)), encode(Pong(seq=1, waiting=2, clock=0.5))]
 
     def lax(data: bytes) -> Any:
         try:
@@ -274,8 +279,8 @@ def test_a_stream_gives_frames_one_by_one():
             except (PeerLost, ProtocolError) as error:
                 return [*found, type(error)]
 
-    both = pack(PING) + pack(encode(Pong(seq=2, waiting=0)))
-    assert asyncio.run(read(both)) == [Ping(seq=1), Pong(seq=2, waiting=0), PeerLost]
+    both = pack(PING) + pack(encode(Pong(seq=2, waiting=0, clock=0.0)))
+    assert asyncio.run(read(both)) == [Ping(seq=1), Pong(seq=2, waiting=0, clock=0.0), PeerLost]
     assert asyncio.run(read(both[:-1])) == [Ping(seq=1), PeerLost]
     assert asyncio.run(read(pack(PING)[:9])) == [PeerLost]
     assert asyncio.run(read(both, limit=4)) == [ProtocolError]

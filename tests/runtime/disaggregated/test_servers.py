@@ -34,7 +34,7 @@ from deepstitch.runtime.embedding import EmbeddingTable
 from deepstitch.runtime.pipeline import Pipeline
 
 from ..tiny_bundle import write_tiny_bundle
-from .pair import QUICK, ask, collect, conversation, encode_config, language_config, pair, png, running, same
+from .pair import QUICK, ask, collect, conversation, encode_config, language_config, pair, png, running, same, soon
 
 SEVERAL = "pictures of several sizes"
 # As the matrix of ``deepstitch compare``: text, pictures, turns, small chunks, many steps; video and batch have tests
@@ -124,6 +124,7 @@ def test_resumed_transfers_in_unordered_blocks(plain_bundle, one_process, files,
             assert counted(language, "transfers_total", kind="resumed") == parts - 1
             layout = encode.pool.layout
             row = sum(layout.row_bytes(name) for name in ("input_embeddings", "fill_ids", "mrope_positions"))
+            assert await soon(lambda: encode.idle)
             resumed = counted(encode, "transfer_bytes_total", kind="resumed")
             received_first = min(total, first * block_tokens)
             assert resumed == (total - received_first) * row + (parts - 1) * layout.row_bytes("aux_datas")
@@ -151,26 +152,6 @@ def test_turns_of_a_conversation(plain_bundle, one_process, files):
     alone = one_process.generate(both, images=files[:2], **options)
     assert same(answers[1], alone)
     assert same(answers[2], alone)
-
-
-def test_a_clip(plain_bundle, one_process, tmp_path, pictures):
-    av = pytest.importorskip("av")
-    path = tmp_path / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=4)
-        stream.width, stream.height = 96, 64
-        for step in range(8):
-            frame = np.roll(pictures[1], 5 * step, axis=1)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what moves?"}]}]
-    options = {"max_tokens": 8, "ignore_eos": True, "logprobs": 3}
-
-    async def run():
-        async with pair(plain_bundle) as (_, language):
-            return await collect(language.answer(messages, (), [path.read_bytes()], options))
-
-    assert same(asyncio.run(run()), one_process.generate(messages, videos=[path], **options))
 
 
 def test_a_picture_is_encoded_once(plain_bundle, one_process, files):

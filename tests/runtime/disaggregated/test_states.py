@@ -34,15 +34,15 @@ DEATHS = ("connection", "encode dies", "language dies")
 WORLDS: dict[str, tuple[dict[str, Any], int]] = {
     "encode pool smaller than a transfer": (
         {"faults": 0, "tokens": (2, 3), "first_tokens": 2, "landing_pool": (2, 1)},
-        542,
+        691,
     ),
-    "room for one and a half": ({"faults": 0, "tokens": (2, 3), "first_tokens": 2, "landing_pool": (3, 2)}, 822),
-    "three parts": ({"tokens": (3,)}, 2_927),
-    "careless network": ({"faults": 2, "attempts": 1, "kinds": NETWORK}, 5_625),
-    "one pool is short": ({"tokens": (1, 1), "landing_pool": (2, 2), "kinds": ("lease", "read", "give up")}, 22_083),
-    "two faults": ({"faults": 2, "tokens": (2,), "survives": False}, 26_137),
-    "both pools are short": ({"tokens": (1, 1)}, 45_415),
-    "nobody hears of a death": ({"tokens": (2,), "half_open": True, "kinds": ("connection", "language dies")}, 835),
+    "room for one and a half": ({"faults": 0, "tokens": (2, 3), "first_tokens": 2, "landing_pool": (3, 2)}, 1_001),
+    "three parts": ({"tokens": (3,)}, 3_281),
+    "careless network": ({"faults": 2, "attempts": 1, "kinds": NETWORK}, 7_334),
+    "one pool is short": ({"tokens": (1, 1), "landing_pool": (2, 2), "kinds": ("lease", "read", "give up")}, 36_311),
+    "two faults": ({"faults": 2, "tokens": (2,), "survives": False}, 28_950),
+    "both pools are short": ({"tokens": (1, 1)}, 82_312),
+    "nobody hears of a death": ({"tokens": (2,), "half_open": True, "kinds": ("connection", "language dies")}, 1_000),
 }
 LARGE: dict[str, tuple[dict[str, Any], int]] = {
     "two rooms in parts": ({"tokens": (1, 2)}, 108_083),
@@ -60,6 +60,13 @@ def stages_again(record: Record | None, start: int) -> Decision:
     """Takes a late TransferInit for a new one."""
     if record and record.state is SenderState.WAITING_FOR_INPUT:
         return Decision(Answer.PENDING, SenderEvent.INIT)
+    return contract.on_transfer(record, start)
+
+
+def blames_early(record: Record | None, start: int) -> Decision:
+    """Takes a TransferInit that comes while it encodes for a breach of the protocol."""
+    if record and record.state is SenderState.BOOTSTRAPPING:
+        return Decision(Answer.PROTOCOL)
     return contract.on_transfer(record, start)
 
 
@@ -137,6 +144,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"tokens": (1, 1), "landing_pool": (2, 2), "kinds": ("lease",), "checks_generations": False},
         "no bytes of another transfer are taken for one's own",
     ),
+    "an early TransferInit is refused": ({**ALONE, "on_transfer": blames_early}, BLAMED),
     "a late TransferInit is staged": ({**ALONE, "faults": 1, "kinds": NETWORK, "on_transfer": stages_again}, BLAMED),
     "a late Received frees blocks": ({**ALONE, "faults": 1, "kinds": NETWORK, "on_received": frees_again}, ANSWERED),
     "a room that was released early is begun": ({"on_release": forgets}, STUCK),
