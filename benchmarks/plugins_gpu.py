@@ -81,7 +81,10 @@ def measure(
     """Time one call and whatever does the same."""
     arrays = call.inputs()
     work = call.work(arrays)
-    with library.create(OPS[call.op], call.attributes) as instance, instance.prepare(arrays) as prepared:
+    with (
+        library.create(OPS[call.op], call.attributes) as instance,
+        instance.prepare(arrays, shared=call.shared) as prepared,
+    ):
         prepared.enqueue()  # fills with NaN first: what is not written shows
         ours = next(iter(prepared.outputs().values()))
         timed = card.time(lambda: prepared.enqueue(fill=False))

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -199,11 +200,15 @@ class Instance:
         self.library.checked("deepstitch_serialize", self.handle, data, needed, byref(needed))
         return data.raw
 
-    def prepare(self, inputs: Mapping[str, Array]) -> Call:
+    def prepare(self, inputs: Mapping[str, Array], *, shared: Mapping[str, str] = MappingProxyType({})) -> Call:
         """Check inputs, copy them to where the kernels run, and make room for the outputs.
 
+        Args:
+            inputs: by name.
+            shared: outputs that are written over an input of the same type and shape, with that input.
+
         Raises:
-            PluginError: an input is missing, unknown, or refused.
+            PluginError: an input is missing, unknown, or refused, or an output cannot be where an input is.
         """
         names = [each["name"] for each in self.inputs]
         for name in inputs:
@@ -212,7 +217,7 @@ class Instance:
         if missing := [name for name in names if name not in inputs]:
             needed = f"these attributes need {len(names)}: {', '.join(names)}"
             raise PluginError(f"got {len(inputs)} inputs; {needed}; {list_names(missing)} missing")
-        return Call(self, [inputs[name] for name in names])
+        return Call(self, [inputs[name] for name in names], shared)
 
     def close(self) -> None:
         """Free it. Calls made from it must be closed before."""
@@ -230,7 +235,7 @@ class Instance:
 class Call:
     """An operator with its inputs in place, to be run as often as wanted. Close it, or use it in a ``with``."""
 
-    def __init__(self, instance: Instance, arrays: Sequence[Array]) -> None:
+    def __init__(self, instance: Instance, arrays: Sequence[Array], shared: Mapping[str, str]) -> None:
         self._instance = instance
         self._memory = instance.library.memory
         self._pointers: list[int] = []
@@ -238,6 +243,8 @@ class Call:
         names = [each["name"] for each in instance.inputs]
         self._inputs = (_Tensor * len(arrays))(*(_tensor(n, a) for n, a in zip(names, self._arrays, strict=True)))
         self._outputs = (_Tensor * len(instance.outputs))()
+        outputs = [each["name"] for each in instance.outputs]
+        self._shared = {_place_of(output, outputs): _place_of(name, names) for output, name in shared.items()}
         self._workspace = c_size_t()
         self._call("deepstitch_prepare", self._outputs, len(self._outputs), byref(self._workspace))
         try:
@@ -258,8 +265,15 @@ class Call:
         for tensor, array in zip(self._inputs, self._arrays, strict=True):
             tensor.data = self._allocate(array.nbytes)
             self._memory.upload(tensor.data, array.ctypes.data, array.nbytes)
-        for tensor in self._outputs:
-            tensor.data = self._allocate(_nbytes(tensor))
+        for place, tensor in enumerate(self._outputs):
+            if place in self._shared:
+                over = self._inputs[self._shared[place]]
+                if (tensor.dtype, _shape(tensor)) != (over.dtype, _shape(over)):
+                    name = self._instance.outputs[place]["name"]
+                    raise PluginError(f"{name} is no tensor like the input it is to be written over")
+                tensor.data = over.data
+            else:
+                tensor.data = self._allocate(_nbytes(tensor))
         self._scratch = self._allocate(self._workspace.value)
 
     @property
@@ -272,14 +286,15 @@ class Call:
 
         Args:
             stream: a CUstream; host shim: the seed of the order.
-            fill: first write NaN bytes over outputs and workspace.
+            fill: first write NaN bytes over workspace and outputs, shared ones left out.
 
         Raises:
             PluginError: refused, or the kernel failed (on a GPU that shows at the next copy).
         """
         if fill:
-            for tensor in self._outputs:
-                self._memory.fill(tensor.data, 0xFF, _nbytes(tensor))
+            for place, tensor in enumerate(self._outputs):
+                if place not in self._shared:
+                    self._memory.fill(tensor.data, 0xFF, _nbytes(tensor))
             self._memory.fill(self._scratch, 0xFF, self._workspace.value)
         self._call("deepstitch_enqueue", self._outputs, len(self._outputs), c_void_p(self._scratch), c_void_p(stream))
 
@@ -287,7 +302,7 @@ class Call:
         """Copies of the outputs, by name."""
         arrays = {}
         for spec, tensor in zip(self._instance.outputs, self._outputs, strict=True):
-            array = np.empty(tuple(tensor.dims[: tensor.rank]), DTYPES[tensor.dtype])
+            array = np.empty(_shape(tensor), DTYPES[tensor.dtype])
             self._memory.download(array.ctypes.data, tensor.data, array.nbytes)
             arrays[spec["name"]] = array
         return arrays
@@ -347,6 +362,16 @@ def _tensor(name: str, array: Array) -> _Tensor:
     return _Tensor(DTYPES.index(array.dtype.name), array.ndim, (c_int64 * 8)(*array.shape), None)
 
 
+def _place_of(name: str, names: Sequence[str]) -> int:
+    if name not in names:
+        raise PluginError(f"there is no tensor {name}{did_you_mean(name, names)}")
+    return names.index(name)
+
+
+def _shape(tensor: _Tensor) -> tuple[int, ...]:
+    return tuple(tensor.dims[: tensor.rank])
+
+
 def _nbytes(tensor: _Tensor) -> int:
-    count = int(np.prod(tensor.dims[: tensor.rank], dtype=np.int64))
+    count = int(np.prod(_shape(tensor), dtype=np.int64))
     return count * np.dtype(DTYPES[tensor.dtype]).itemsize

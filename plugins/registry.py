@@ -20,6 +20,7 @@ OPS: Mapping[str, str] = {
     "quantized_linear": "QuantizedLinear",
     "rms_norm_rope": "RMSNormRope",
     "deepstack_add": "DeepStackAdd",
+    "kv_cache_append": "KVCacheAppend",
 }  # folder: op type
 
 

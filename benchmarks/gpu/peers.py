@@ -271,6 +271,20 @@ def _deepstack(torch: Any, call: Measurement, tensors: Mapping[str, Any]) -> dic
     return {"float32": way} | _compiled(torch, hidden, way)
 
 
+def _append(torch: Any, call: Measurement, tensors: Mapping[str, Any]) -> dict[str, Way]:
+    begin, tokens = int(tensors["past_lengths"][0]), tensors["key"].shape[1]
+    places = torch.arange(begin, begin + tokens, device=tensors["key"].device)
+    caches = [tensors[f"past_{part}"].clone() for part in ("key", "value")]
+    heads = caches[0].shape[1]
+
+    def way() -> Any:
+        for cache, part in zip(caches, ("key", "value"), strict=True):
+            cache.index_copy_(2, places, tensors[part].unflatten(-1, (heads, -1)).transpose(1, 2).to(cache.dtype))
+        return caches[0]
+
+    return {"index_copy_": way}
+
+
 def _compiled(torch: Any, x: Any, way: Way) -> dict[str, Way]:
     if x.device.type != "cuda":
         return {}
@@ -288,6 +302,7 @@ _MAKERS: Mapping[str, Callable[[Any, Measurement, Mapping[str, Any]], dict[str, 
     "sparse_attention": _attention,
     "rms_norm_rope": _norm_and_rope,
     "deepstack_add": _deepstack,
+    "kv_cache_append": _append,
 }
 
 

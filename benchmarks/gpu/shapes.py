@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from deepstitch.plugins.common.case import Array
 from deepstitch.plugins.common.roofline import EXPERTS, LINEARS, Experts, Linear, Work
+from deepstitch.plugins.kv_cache_append.roofline import append_work
 
 __all__ = ["FULL", "TINY", "Attention", "Measurement", "Shapes", "measurements"]
 
 BLOCK = 32  # of quantized weights
 KEY_BLOCK = 64  # of attention patterns
+_PARTS = ("key", "value")
 _BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
@@ -76,6 +78,7 @@ class Measurement:
         inputs: makes the tensors.
         work: what the call must move and compute, given its inputs.
         facts: for the report and for whoever does the same in PyTorch.
+        shared: outputs that are written over an input.
     """
 
     op: str
@@ -84,6 +87,7 @@ class Measurement:
     inputs: Callable[[], dict[str, Array]]
     work: Callable[[dict[str, Array]], Work]
     facts: Mapping[str, Any]
+    shared: Mapping[str, str] = field(default_factory=dict)
 
 
 def measurements(shapes: Shapes) -> Iterator[Measurement]:
@@ -284,6 +288,7 @@ def _small(shapes: Shapes) -> Iterator[Measurement]:
         yield _norm_call(shapes.hidden, tokens, phase)
         for model in shapes.attention:
             yield _rope_call(model, tokens, phase)
+            yield _append_call(model, tokens, shapes.contexts[-1], phase)
         yield _deepstack_call(shapes.hidden, tokens, phase)
 
 
@@ -312,6 +317,23 @@ def _rope_call(model: Attention, tokens: int, phase: str) -> Measurement:
     return Measurement(op="rms_norm_rope", name=f"{model.name} norm and mRoPE {phase} {tokens}", attributes=attributes,
                        inputs=inputs, work=lambda _: amount,
                        facts={"phase": phase, "tokens": tokens, "mode": "norm_rope"})  # fmt: skip
+
+
+def _append_call(model: Attention, tokens: int, capacity: int, phase: str) -> Measurement:
+    """In place, in a cache of float16."""
+    amount = append_work(model.kv_heads, model.head_dim, "float16", tokens)
+
+    def inputs() -> dict[str, Array]:
+        cache, new = (1, model.kv_heads, capacity, model.head_dim), (1, tokens, model.kv_heads * model.head_dim)
+        parts = {f"past_{part}": normal(cache, seed=seed).astype(np.float16) for seed, part in enumerate(_PARTS)}
+        parts |= {part: normal(new, seed=seed) for seed, part in enumerate(_PARTS, start=2)}
+        lengths = {"past_lengths": capacity - tokens - 1, "query_lengths": tokens}
+        return parts | {name: np.array([value], np.int32) for name, value in lengths.items()}
+
+    return Measurement(op="kv_cache_append", name=f"{model.name} append {phase} {tokens}",
+                       attributes={"kv_format": "float16"}, inputs=inputs, work=lambda _: amount,
+                       facts={"phase": phase, "tokens": tokens, "capacity": capacity},
+                       shared={f"present_{part}": f"past_{part}" for part in _PARTS})  # fmt: skip
 
 
 def _deepstack_call(hidden: int, tokens: int, phase: str) -> Measurement:

@@ -53,17 +53,22 @@ class Contents:
 
     Attributes:
         path: the file.
-        tensorrt: it exports what TensorRT's loader asks for.
+        creators: what TensorRT's loader looks for: ``getPluginCreators`` before 10, ``getCreators`` from there on.
         described: what the library says about itself; None where it could not be opened.
         not_opened: why.
         code: by operator; empty for a library that runs on the CPU.
     """
 
     path: Path
-    tensorrt: bool
+    creators: tuple[str, ...]
     described: Mapping[str, Any] | None
     not_opened: str | None
     code: tuple[Code, ...]
+
+    @property
+    def tensorrt(self) -> bool:
+        """Whether it has adapters for TensorRT."""
+        return bool(self.creators)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -92,7 +97,7 @@ def read_library(path: Path) -> Contents:
     described, reason = _describe(path)
     return Contents(
         path=path,
-        tensorrt=any(name in exported for name in _TENSORRT),
+        creators=tuple(name for name in _TENSORRT if name in exported),
         described=described,
         not_opened=reason,
         code=tuple(_code(path, name, data) for name, data in sections.items() if name.startswith(SECTION)),

@@ -7,5 +7,6 @@
     DEEPSTITCH_OP(sparse_attention) \
     DEEPSTITCH_OP(quantized_linear) \
     DEEPSTITCH_OP(rms_norm_rope)    \
-    DEEPSTITCH_OP(deepstack_add)
+    DEEPSTITCH_OP(deepstack_add)    \
+    DEEPSTITCH_OP(kv_cache_append)
 #endif

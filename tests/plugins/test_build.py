@@ -298,7 +298,7 @@ except PluginError as error:
         ({"FAKE_CUDA_FAIL": "cuCtxGetCurrent=3"}, "asking for the current CUDA context: CUDA_ERROR_FAKE (3:"),
         ({"FAKE_CUDA_FAIL": "cuModuleLoadData=209"}, "is for sm_61, compute_61; this device is sm_61 and its driver"),
         ({"FAKE_CUDA_FAIL": "cuModuleLoadData=222"}, "or install a driver for CUDA 12.9"),
-        ({"FAKE_CUDA_FAIL": "cuModuleLoadData=2"}, "loading the code of deepstack_add: CUDA_ERROR_FAKE (2:"),
+        ({"FAKE_CUDA_FAIL": "cuModuleLoadData=2"}, "loading the code of deepstack_add: CUDA_ERROR_OUT_OF_MEMORY (2:"),
         ({"FAKE_CUDA_FAIL": "cuModuleGetFunction=500"}, "finding the kernel deepstack_add_f32_f32: CUDA_ERROR_NOT_F"),
         (
             {"FAKE_CUDA_FAIL": "cuLaunchKernel=1"},

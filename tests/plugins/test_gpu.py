@@ -67,6 +67,19 @@ def test_what_is_refused_on_the_gpu(library: DeviceLibrary, op: str) -> None:
             library.run(loaded.schema.name, each.attributes, each.inputs)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", load("kv_cache_append").cases, ids=lambda each: each.name)
+def test_the_cache_in_place_on_the_gpu(library: DeviceLibrary, case: Case) -> None:
+    inputs, op = case.make(), OPS["kv_cache_append"]
+    apart = library.run(op, case.attributes, inputs)
+    with (
+        library.create(op, case.attributes) as instance,
+        instance.prepare(inputs, shared={name: name.replace("present", "past") for name in apart}) as call,
+    ):
+        call.enqueue()
+        assert {n: each.tobytes() for n, each in call.outputs().items()} == {n: a.tobytes() for n, a in apart.items()}
+
+
 # The script, without a GPU
 
 

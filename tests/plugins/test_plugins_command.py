@@ -104,7 +104,7 @@ def test_a_library_of_another_version(run: Run, library: Path, monkeypatch: pyte
         "has version 9, deepstitch declares 1",
         "differs from its declaration in the attributes",
         "Unknown is unknown to this deepstitch",
-        "there is no DeepStackAdd",
+        "there is no KVCacheAppend",
         "the library says ['sm_99']",
     ):
         assert text in out, text

@@ -1,0 +1,1 @@
+"""New keys and values into the KV cache, in place where the new cache is the old one's memory."""
