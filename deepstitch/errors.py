@@ -11,6 +11,7 @@ __all__ = [
     "ComparisonFailed",
     "ConfigError",
     "DeepstitchError",
+    "DeviceError",
     "InputError",
     "MissingDependency",
     "OutputError",
@@ -44,6 +45,10 @@ class BundleError(DeepstitchError):
 
 class InputError(DeepstitchError):
     """A prompt, image, video or sampling option cannot be used."""
+
+
+class DeviceError(DeepstitchError):
+    """The card, its driver or its memory does not allow what was asked for."""
 
 
 class OutputError(DeepstitchError):

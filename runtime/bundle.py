@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +11,7 @@ from deepstitch.errors import BundleError, list_names
 from deepstitch.manifest import MANIFEST_NAME, Graph, Manifest, TensorSpec
 from deepstitch.runtime.verify import verify_files, verify_level
 
-__all__ = ["DECODER", "VISION_ENCODER", "Bundle"]
+__all__ = ["DECODER", "VISION_ENCODER", "Bundle", "require_graphs"]
 
 DECODER = "decoder"
 VISION_ENCODER = "vision_encoder"
@@ -44,6 +44,7 @@ _OUTPUTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         VISION_ENCODER: {"image_embeds": "float32", "deepstack_embeds": "float32"},
     }
 )
+_SERVERS = MappingProxyType({DECODER: "language-server", VISION_ENCODER: "encode-server"})
 _DEEPSTACK_INPUTS = frozenset({"deepstack_embeds", "deepstack_index"})
 _CACHE_PREFIXES = ("past_key_values.", "present.")
 
@@ -61,18 +62,27 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: str | None = None, progress: bool = True) -> Bundle:
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        verify: str | None = None,
+        progress: bool = True,
+        graphs: Collection[str] | None = None,
+    ) -> Bundle:
         """Read the manifest and check the files and the declared contract.
 
         Args:
             folder: the bundle folder.
             verify: ``auto``, ``full`` or ``size``, see :func:`deepstitch.runtime.verify.verify_level`.
             progress: show a bar while large files are hashed, if stderr is a terminal.
+            graphs: those that are needed; None: all that the model has.
 
         Raises:
             BundleError: the folder is no bundle, or a damaged one, or one this version cannot run.
         """
         bundle = cls(folder=Path(folder), manifest=Manifest.read(folder))
+        require_graphs(bundle.folder, bundle.manifest, graphs)
         verify_files(bundle.folder, bundle.manifest, verify_level(verify), progress=progress)
         bundle._check_manifest()
         return bundle
@@ -91,13 +101,8 @@ class Bundle:
         Raises:
             BundleError: the bundle has no such graph.
         """
-        try:
-            return self.manifest.graphs[name]
-        except KeyError:
-            raise BundleError(
-                f"{self.folder}: the bundle has no graph '{name}', only {list_names(self.manifest.graphs)}; "
-                "export the checkpoint again"
-            ) from None
+        require_graphs(self.folder, self.manifest, [name])
+        return self.manifest.graphs[name]
 
     def check_graph(self, name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
         """Compare what a loaded graph really takes and gives with the manifest.
@@ -112,9 +117,9 @@ class Bundle:
 
     def _check_manifest(self) -> None:
         manifest = self.manifest
-        required = [DECODER] if manifest.vision is None else [DECODER, VISION_ENCODER]
-        for name in required:
-            self._check_declared(name, self.graph(name))
+        for name in _graphs_of(manifest):
+            if name in manifest.graphs:
+                self._check_declared(name, manifest.graphs[name])
         for file in [graph.file for graph in manifest.graphs.values()] + [manifest.embedding.file]:
             if file not in manifest.files:
                 raise BundleError(
@@ -134,6 +139,32 @@ class Bundle:
                 f"{self.folder / graph.file}: {problem}; the graph comes from deepstitch "
                 f"{self.manifest.deepstitch_version}, this is {_own_version()}: export the checkpoint again"
             )
+
+
+def _graphs_of(manifest: Manifest) -> list[str]:
+    """Those a model has."""
+    return [DECODER] if manifest.vision is None else [DECODER, VISION_ENCODER]
+
+
+def require_graphs(folder: Path, manifest: Manifest, graphs: Collection[str] | None = None) -> None:
+    """Refuse a bundle that lacks a graph; None: all that the model has are needed.
+
+    Raises:
+        BundleError: it is one side of a split bundle, or was edited.
+    """
+    for name in _graphs_of(manifest) if graphs is None else graphs:
+        if name in manifest.graphs:
+            continue
+        there = list(manifest.graphs)
+        left_out = name in _graphs_of(manifest) and f"{name}.onnx" not in manifest.files  # else somebody edited it
+        if left_out and len(there) == 1 and there[0] in _SERVERS:
+            raise BundleError(
+                f"{folder}: has no graph '{name}': it is one side of a split bundle, for 'deepstitch "
+                f"{_SERVERS[there[0]]}'; use the other side, or the whole bundle"
+            )
+        raise BundleError(
+            f"{folder}: the bundle has no graph '{name}', only {list_names(there)}; export the checkpoint again"
+        )
 
 
 def _by_name(specs: Iterable[TensorSpec]) -> dict[str, TensorSpec]:

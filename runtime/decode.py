@@ -37,12 +37,16 @@ class DecoderState:
         """
         manifest = engine.bundle.manifest
         self._graph = engine.decoder
+        self._memory = engine.memory
+        self._limits = engine.limits
         self._model = manifest.model
         self._cache = KVCache(
             cache_tensors(engine.bundle.graph(DECODER)),
             rows=rows,
-            capacity=min(capacity, manifest.model.max_position_embeddings),
+            capacity=self._limits.context or min(capacity, manifest.model.max_position_embeddings),
             in_place=manifest.model.kv_cache_in_place,
+            memory=self._memory,
+            limit=self._limits.context,
         )
         self.lengths = np.zeros(rows, np.int32)
         self.engine_seconds = 0.0
@@ -87,7 +91,7 @@ class DecoderState:
         Args:
             rows: what to append, one entry per row; at least one token each.
             wanted: per row, positions among its new tokens whose logits are wanted; ``None``: the last one.
-            chunk: at most this many tokens of a row per call; ``None`` takes all at once.
+            chunk: at most this many tokens of a row per call; ``None`` takes as many as the engine does.
 
         Returns:
             Per row ``(len(wanted), vocab)`` float32, owned by the caller.
@@ -115,7 +119,7 @@ class DecoderState:
         asked = [np.asarray(each, np.int64) for each in wanted or [[len(row) - 1] for row in rows]]
         results = [np.empty((len(each), self._model.vocab_size), np.float32) for each in asked]
         longest = max(map(len, rows))
-        size = chunk or longest
+        size = min(chunk or longest, self._limits.chunk or longest)
         for start in range(0, longest, size):
             if start:
                 yield
@@ -140,8 +144,7 @@ class DecoderState:
             ``(B, vocab)`` logits: a view that the next step overwrites.
         """
         call = self._step_call(1)
-        call.inputs_embeds[:, 0] = embeds
-        call.position_ids[:, :, 0] = position_ids
+        call.write(embeds, position_ids)
         self.engine_seconds += call.run(self.lengths)
         self.lengths += 1
         return call.logits[:, 0]
@@ -157,8 +160,7 @@ class DecoderState:
             ``(n, vocab)`` logits, one row per token: a view that the next call overwrites.
         """
         call = self._step_call(len(embeds))
-        call.inputs_embeds[0] = embeds
-        call.position_ids[:, 0] = position_ids
+        call.write(embeds, position_ids)
         self.engine_seconds += call.run(self.lengths)
         return call.logits[0]
 
@@ -174,16 +176,25 @@ class DecoderState:
             self._steps_version = self._cache.version
         if width not in self._steps:
             rows = range(self.rows)
-            self._steps[width] = StepCall(self._graph, self._model, self._cache, rows, width=width, wanted=width)
+            self._steps[width] = StepCall(
+                self._graph,
+                self._model,
+                self._cache,
+                rows,
+                width=width,
+                wanted=width,
+                repeated=True,
+                memory=self._memory,
+            )
         return self._steps[width]
 
     def _check_room(self, rows: Sequence[RowTokens]) -> None:
-        limit = self._model.max_position_embeddings
+        limit = self._limits.context or self._model.max_position_embeddings
         for row, (length, new) in enumerate(zip(self.lengths, rows, strict=True)):
             if length + len(new) > limit:
                 raise InputError(
                     f"row {row}: {length} tokens in the cache and {len(new)} new ones exceed the context of "
-                    f"{limit}; shorten the prompt"
+                    f"{limit}; shorten the prompt" + (f", or {self._limits.remedy}" if self._limits.remedy else "")
                 )
 
     def _groups(self, widths: Sequence[int]) -> Iterator[range]:
@@ -196,8 +207,13 @@ class DecoderState:
             yield from (range(row, row + 1) for row, width in enumerate(widths) if width)
 
     def _extend(self, rows: range, parts: Sequence[RowTokens], picks: Sequence[Ints]) -> list[Floats]:
-        """One call: append ``parts`` to ``rows``; returns the logits at the positions ``picks`` of each."""
+        """Append ``parts`` to ``rows``; returns the logits at the positions ``picks`` of each.
+
+        One call, unless the engine does not give as many logits: then the same tokens again for the others.
+        """
         width = max(map(len, parts))
+        most = max(1, *map(len, picks))
+        wanted = min(most, self._limits.logits or most)
         starts = self.lengths[rows.start : rows.stop]
         self.reserve(int(starts.max()) + width)
         call = StepCall(
@@ -206,10 +222,18 @@ class DecoderState:
             self._cache,
             rows,
             width=width,
-            wanted=max(1, *map(len, picks)),
+            wanted=wanted,
             visual=sum(len(part.deepstack) for part in parts),
+            memory=self._memory,
         )
-        call.fill(parts, picks)
-        self.engine_seconds += call.run(starts)
+        call.fill(parts)
+        logits: list[list[Floats]] = [[] for _ in picks]
+        for first in range(0, most, wanted):
+            some = [pick[first : first + wanted] for pick in picks]
+            call.pick(some)
+            self.engine_seconds += call.run(starts)
+            for row, pick in enumerate(some):
+                values = call.logits[row, : len(pick)]
+                logits[row].append(values if wanted == most else values.copy())
         starts += call.query_lengths  # a view: this advances self.lengths
-        return [call.logits[row, : len(pick)] for row, pick in enumerate(picks)]
+        return [each[0] if len(each) == 1 else np.concatenate(each) for each in logits]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from deepstitch.errors import BundleError, InputError
 from deepstitch.runtime.bundle import Bundle
 from deepstitch.runtime.calls import Floats, Ints, RowTokens
 from deepstitch.runtime.encoder_cache import VisionFeatures
+from deepstitch.runtime.engine.memory import DeviceArray, RowPieces, Tensor, to_host
 from deepstitch.runtime.preprocess import Prompt
 from deepstitch.tensorfile import DTYPE_BYTES, TensorEntry, TensorFile, to_float32
 
@@ -84,26 +85,46 @@ def _integer_rows(tensors: TensorFile, name: str, stored: WeightFormat) -> Calla
 class PromptRows:
     """Embeddings of a prompt, made for the range asked for: all of them are more than a long prompt's KV cache."""
 
-    def __init__(self, table: EmbeddingTable, ids: Ints, places: Ints, visual: Sequence[Floats]) -> None:
-        """``visual`` are the rows of each image and clip; they lie at ``places``, in order."""
+    def __init__(self, table: EmbeddingTable, ids: Ints, places: Ints, visual: Sequence[Tensor]) -> None:
+        """``visual`` are the rows of each image and clip; they lie at ``places``, in order.
+
+        Those on a device stay there: a range is then in pieces, text on the host between visual rows on the device.
+        """
         self._table = table
         self._ids = ids
         self._places = places
         self._visual = visual
+        self._on_device = _on_device(visual)
         self._starts = np.cumsum([0, *map(len, visual)])
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __getitem__(self, span: slice) -> Floats:
+    def __getitem__(self, span: slice) -> Floats | RowPieces:
         start, stop, _ = span.indices(len(self))
-        embeds = self._table(self._ids[start:stop])
         first, last = np.searchsorted(self._places, (start, stop)).tolist()
+        if self._on_device:
+            return RowPieces(list(self._pieces(start, stop, first, last)))
+        embeds = self._table(self._ids[start:stop])
         for rows, begin in zip(self._visual, self._starts.tolist(), strict=False):
             low, high = max(first, begin), min(last, begin + len(rows))
             if low < high:
-                embeds[self._places[low:high] - start] = rows[low - begin : high - begin]
+                embeds[self._places[low:high] - start] = to_host(rows[low - begin : high - begin])
         return embeds
+
+    def _pieces(self, start: int, stop: int, first: int, last: int) -> Iterator[Tensor]:
+        """Text and visual rows in turn, of tokens from ``start``; visual rows ``first`` to ``last`` are among them."""
+        visual = RowPieces(self._visual)
+        runs = np.flatnonzero(np.diff(self._places[first:last], prepend=-2) != 1) + first
+        begin = start
+        for low, high in zip(runs, [*runs, last][1:], strict=True):
+            place = self._places[low]
+            if begin < place:
+                yield self._table(self._ids[begin:place])
+            yield from visual[low:high].pieces
+            begin = place + high - low
+        if begin < stop:
+            yield self._table(self._ids[begin:stop])
 
 
 def merge(
@@ -141,9 +162,10 @@ def merge(
             f"the prompt holds {len(places)} visual tokens, its images and videos have {given}; "
             "pass one image or video per placeholder"
         )
-    deepstack = np.zeros((0, deepstack_width), np.float32)
+    deepstack: Floats | RowPieces = np.zeros((0, deepstack_width), np.float32)
     if features and deepstack_width:
-        deepstack = np.concatenate([each.deepstack_embeds for each in features])
+        parts = [each.deepstack_embeds for each in features]
+        deepstack = RowPieces(parts) if _on_device(parts) else np.concatenate(list(map(to_host, parts)))
         index[places] = np.arange(1, given + 1, dtype=np.int32)
     return RowTokens(
         embeds=PromptRows(table, ids, places, [each.image_embeds for each in features]),
@@ -151,6 +173,10 @@ def merge(
         deepstack=deepstack,
         deepstack_index=index,
     )
+
+
+def _on_device(tensors: Sequence[Tensor]) -> bool:
+    return any(isinstance(each, DeviceArray) for each in tensors)
 
 
 def item_spans(prompt: Prompt, visual_ids: Sequence[int]) -> tuple[Ints, Ints]:

@@ -7,28 +7,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from deepstitch.runtime.engine.memory import Tensor
 from deepstitch.runtime.preprocess import VisionBatch
 
 __all__ = ["DEFAULT_MAX_BYTES", "EncoderCache", "VisionFeatures"]
 
 DEFAULT_MAX_BYTES = 256 << 20
 
-Encode = Callable[[VisionBatch], tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+Encode = Callable[[VisionBatch], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class VisionFeatures:
-    """Encoder outputs of one image or clip.
+    """Encoder outputs of one image or clip, where the encoder left them: on the host or on a device.
 
     Attributes:
         image_embeds: ``(T, H)`` float32.
         deepstack_embeds: ``(T, num_deepstack*H)`` float32.
     """
 
-    image_embeds: npt.NDArray[np.float32]
-    deepstack_embeds: npt.NDArray[np.float32]
+    image_embeds: Tensor
+    deepstack_embeds: Tensor
 
     @property
     def nbytes(self) -> int:
@@ -96,11 +96,11 @@ class EncoderCache:
             return {}
         packed = _concatenate(list(missing.values()))
         embeds, deepstack = self._encode(packed)
-        cuts = np.cumsum(packed.tokens_per_item)[:-1]
-        pairs = zip(np.split(embeds, cuts), np.split(deepstack, cuts), strict=True)
+        ends = np.cumsum(packed.tokens_per_item).tolist()
         # copies: a view would keep the outputs of the whole call alive as long as one of its items
         fresh = {
-            key: VisionFeatures(rows.copy(), deep.copy()) for key, (rows, deep) in zip(missing, pairs, strict=True)
+            key: VisionFeatures(embeds[start:end].copy(), deepstack[start:end].copy())
+            for key, start, end in zip(missing, [0, *ends], ends, strict=False)
         }
         self.misses += len(fresh)
         self._keep(fresh)

@@ -13,6 +13,7 @@ from deepstitch.runtime.answer import Answer, Piece
 from deepstitch.runtime.calls import Floats, RowTokens
 from deepstitch.runtime.decode import DecoderState
 from deepstitch.runtime.embedding import item_spans, merge
+from deepstitch.runtime.engine import Engine
 from deepstitch.runtime.kvcache import CachedTokens
 from deepstitch.runtime.parts import ModelParts
 from deepstitch.runtime.preprocess import Prompt, VisionBatch
@@ -66,7 +67,7 @@ class Generation:
         self._engine_before = 0.0
         model = parts.engine.bundle.manifest.model
         for prompt in prompts:
-            _check_context(len(prompt.input_ids), options.max_tokens, model.max_position_embeddings)
+            _check_context(len(prompt.input_ids), options.max_tokens, parts.engine)
         self._rows = [Answer(index, parts, prompt, options) for index, prompt in enumerate(prompts)]
         self._running = list(self._rows)
         self._rope_deltas = np.array([prompt.rope_delta for prompt in prompts], np.int64)
@@ -234,21 +235,31 @@ def _drafter(parts: ModelParts, prompts: Sequence[Prompt], options: GenerationOp
     """Guesses for a single row; several rows share each call already, and most kernels take one guess at a time."""
     if options.speculate == 0 or len(prompts) > 1:
         return None
+    most = parts.engine.limits.logits
+    if most is not None and options.speculate >= most:
+        raise InputError(
+            f"speculate {options.speculate}: the engines give the logits of {most} tokens of a row in one call; use "
+            "less, or build them again with a larger --logits"
+        )
     return Drafter(
         prompts[0].input_ids.tolist(), longest=options.speculate, ngram=options.speculate_ngram, costs=parts.costs
     )
 
 
-def _check_context(prompt_tokens: int, max_tokens: int, limit: int) -> None:
+def _check_context(prompt_tokens: int, max_tokens: int, engine: Engine) -> None:
+    limits = engine.limits
+    limit = limits.context or engine.bundle.manifest.model.max_position_embeddings
+    whose = "the model's context is" if limits.context is None else "the engines take"
+    remedy = f", or {limits.remedy}" if limits.remedy else ""
     if prompt_tokens == 0:
         raise InputError("the prompt is empty; pass some text")
     if prompt_tokens >= limit:
         raise InputError(
-            f"the prompt has {prompt_tokens} tokens, the model's context is {limit}; "
-            "shorten the text, or pass fewer or smaller images"
+            f"the prompt has {prompt_tokens} tokens, {whose} {limit}; "
+            f"shorten the text, or pass fewer or smaller images{remedy}"
         )
     if prompt_tokens + max_tokens > limit:
         raise InputError(
-            f"{prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed the model's context of "
-            f"{limit}; use at most max_tokens {limit - prompt_tokens}"
+            f"{prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed what there is: {whose} "
+            f"{limit}; use at most max_tokens {limit - prompt_tokens}{remedy}"
         )

@@ -44,29 +44,32 @@ class Pipeline:
         cls,
         bundle: str | Path | Bundle,
         *,
-        engine: str = "ort",
+        engine: str | None = None,
         threads: int | None = None,
         verify: str | None = None,
         progress: bool = True,
-        encoder_cache_bytes: int = DEFAULT_MAX_BYTES,
+        encoder_cache_bytes: int | None = None,
         packed_cache: bool = False,
     ) -> Pipeline:
         """Open, check and load a bundle.
 
         Args:
             bundle: its folder.
-            engine: what runs the graphs: ``ort``.
+            engine: what runs the graphs: ``ort`` (ONNX Runtime on the CPU), ``ort-cuda`` or ``tensorrt``; None: the one
+                for the bundle's target.
             threads: threads inside one operator; ``None`` takes one per physical core.
             verify: how files are checked: ``auto``, ``full`` or ``size``
                 (see :func:`deepstitch.runtime.verify.verify_level`).
             progress: show a bar while large files are hashed, if stderr is a terminal.
-            encoder_cache_bytes: memory for outputs of the vision encoder; 0 keeps none.
+            encoder_cache_bytes: memory for outputs of the vision encoder, where these lie; 0 keeps none. None: 256 MiB,
+                or what the engine can spare of its card if that is less.
             packed_cache: map weights in the layout the kernels read from a file in the cache folder, which the first
                 load writes: half the memory of the process, for disk of about 2.3 times the bundle.
 
         Raises:
             BundleError: the folder is not an intact bundle this version can run.
             InputError: an argument is out of range.
+            DeviceError: an engine for a card finds no driver, card or memory.
         """
         began = time.perf_counter()
         if not isinstance(bundle, Bundle):
@@ -75,6 +78,8 @@ class Pipeline:
         processor = Processor.from_folder(bundle.folder, manifest.model, manifest.vision)
         table = EmbeddingTable.open(bundle)
         loaded = open_engine(engine, bundle, threads=threads, packed_cache=packed_cache)
+        if encoder_cache_bytes is None:
+            encoder_cache_bytes = min(DEFAULT_MAX_BYTES, loaded.limits.cache_bytes or DEFAULT_MAX_BYTES)
         encoder = EncoderCache(loaded.vision, encoder_cache_bytes)
         parts = ModelParts(engine=loaded, table=table, encoder=encoder, processor=processor)
         return cls(parts, load_seconds=time.perf_counter() - began)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -22,6 +22,7 @@ __all__ = [
     "remember_files",
     "verify_files",
     "verify_level",
+    "verify_records",
 ]
 
 Verify = Literal["auto", "full", "size"]
@@ -52,7 +53,7 @@ def verify_level(level: str | None) -> Verify:
 
 
 def verify_files(folder: Path, manifest: Manifest, level: Verify, *, progress: bool) -> None:
-    """Compare every file with its record.
+    """Compare every file of a bundle with its record.
 
     Args:
         folder: the bundle.
@@ -63,19 +64,26 @@ def verify_files(folder: Path, manifest: Manifest, level: Verify, *, progress: b
     Raises:
         BundleError: a file is missing, has another size or other contents, or lies outside the folder.
     """
-    for name, record in manifest.files.items():
-        _check_size(folder, name, record)
+    verify_records(folder, manifest.files, level, progress=progress)
+
+
+def verify_records(
+    folder: Path, records: Mapping[str, FileRecord], level: Verify, *, progress: bool, remedy: str = _REMEDY
+) -> None:
+    """As :func:`verify_files`, for any records of files in a folder; ``remedy`` is what to do about a difference."""
+    for name, record in records.items():
+        _check_size(folder, name, record, remedy)
     if level == "size":
         return
     large: list[str] = []
-    for name, record in manifest.files.items():
+    for name, record in records.items():
         if record.size >= LARGE_FILE_BYTES:
             large.append(name)
         else:
-            _check_hash(folder / name, record, file_sha256(folder / name))
+            _check_hash(folder / name, record, file_sha256(folder / name), remedy)
     if level == "auto":
-        large = [name for name in large if not _is_remembered(folder / name, manifest.files[name])]
-    _hash_large(folder, manifest, large, progress=progress)
+        large = [name for name in large if not _is_remembered(folder / name, records[name])]
+    _hash_large(folder, {name: records[name] for name in large}, progress=progress, remedy=remedy)
 
 
 def remember_files(folder: Path, manifest: Manifest) -> None:
@@ -85,7 +93,7 @@ def remember_files(folder: Path, manifest: Manifest) -> None:
             _remember(folder / name, record, (folder / name).stat())
 
 
-def _check_size(folder: Path, name: str, record: FileRecord) -> None:
+def _check_size(folder: Path, name: str, record: FileRecord, remedy: str) -> None:
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\\" in name or ":" in name:
         raise BundleError(f"{folder / MANIFEST_NAME}: '{name}' lies outside the bundle; the manifest was edited")
@@ -93,28 +101,27 @@ def _check_size(folder: Path, name: str, record: FileRecord) -> None:
     try:
         size = path.stat().st_size
     except OSError:
-        raise BundleError(f"{path}: missing, the bundle is incomplete; {_REMEDY}") from None
+        raise BundleError(f"{path}: missing, the bundle is incomplete; {remedy}") from None
     if not path.is_file():
-        raise BundleError(f"{path}: not a file; {_REMEDY}")
+        raise BundleError(f"{path}: not a file; {remedy}")
     if size != record.size:
-        raise BundleError(f"{path}: {size} bytes, the manifest says {record.size}; {_REMEDY}")
+        raise BundleError(f"{path}: {size} bytes, the manifest says {record.size}; {remedy}")
 
 
-def _check_hash(path: Path, record: FileRecord, sha256: str) -> None:
+def _check_hash(path: Path, record: FileRecord, sha256: str, remedy: str) -> None:
     if sha256 != record.sha256:
         raise BundleError(
             f"{path}: its contents changed since the export (sha256 {sha256[:12]}…, the manifest says "
-            f"{record.sha256[:12]}…); {_REMEDY}"
+            f"{record.sha256[:12]}…); {remedy}"
         )
 
 
-def _hash_large(folder: Path, manifest: Manifest, names: Iterable[str], *, progress: bool) -> None:
+def _hash_large(folder: Path, records: Mapping[str, FileRecord], *, progress: bool, remedy: str) -> None:
     from tqdm import tqdm
 
-    names = list(names)
-    if not names:
+    if not records:
         return
-    total = sum(manifest.files[name].size for name in names)
+    total = sum(record.size for record in records.values())
     # disable=None switches the bar off where stderr is no terminal
     with tqdm(
         total=total,
@@ -124,10 +131,10 @@ def _hash_large(folder: Path, manifest: Manifest, names: Iterable[str], *, progr
         disable=None if progress else True,
         leave=False,
     ) as bar:
-        for name in names:
-            path, record = folder / name, manifest.files[name]
+        for name, record in records.items():
+            path = folder / name
             before = path.stat()
-            _check_hash(path, record, file_sha256(path, bar.update))
+            _check_hash(path, record, file_sha256(path, bar.update), remedy)
             _remember(path, record, before)
 
 

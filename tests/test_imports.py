@@ -18,8 +18,11 @@ RUNTIME_LIBRARIES |= {
 # The extra for processes of their own, and the two folders that need it.
 SERVER_LIBRARIES = {"aiohttp", "mooncake", "msgspec", "nixl", "prometheus_client", "xxhash"}
 SERVER_FOLDERS = ("runtime/disaggregated/", "runtime/server/")
+# The extra for cards, behind one module.
+CARD_LIBRARIES, CARD_MODULE = {"cuda"}, "runtime/engine/cuda.py"
 RUNTIME_SHARED = {
     "deepstitch.blockwise",
+    "deepstitch.engine_manifest",
     "deepstitch.errors",
     "deepstitch.manifest",
     "deepstitch.runtime",
@@ -89,8 +92,9 @@ def test_runtime_imports_only_what_it_ships_with(repository: Path) -> None:
     def allowed(each: Import) -> bool:
         if each.library == "deepstitch":
             return inside(each.name, RUNTIME_SHARED) or each.name == "deepstitch.__version__"
-        servers = SERVER_LIBRARIES if each.where.startswith(SERVER_FOLDERS) else set()
-        return each.library in RUNTIME_LIBRARIES | servers | sys.stdlib_module_names
+        extra = SERVER_LIBRARIES if each.where.startswith(SERVER_FOLDERS) else set()
+        extra = CARD_LIBRARIES if each.where.startswith(CARD_MODULE) else extra
+        return each.library in RUNTIME_LIBRARIES | extra | sys.stdlib_module_names
 
     assert violations(repository, ("runtime",), allowed) == []
 

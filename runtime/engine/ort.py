@@ -14,16 +14,17 @@ import onnxruntime
 from deepstitch.errors import BundleError, InputError
 from deepstitch.manifest import TensorSpec
 from deepstitch.runtime.bundle import DECODER, VISION_ENCODER, Bundle
-from deepstitch.runtime.engine import Array, BoundRun, GraphRunner
+from deepstitch.runtime.engine import Array, BoundRun, EngineLimits, GraphRunner, Tensor
+from deepstitch.runtime.engine.memory import HOST, Memory
 from deepstitch.runtime.engine.packed import packed_graph
 
 if TYPE_CHECKING:
     from deepstitch.runtime.preprocess import VisionBatch
 
-__all__ = ["ORT_TARGETS", "OrtEngine", "OrtGraph"]
+__all__ = ["ORT_TARGETS", "OrtEngine", "OrtGraph", "load_failure", "tensor_specs"]
 
-ORT_TARGETS = ("portable", "ort-cpu")
-"""Export targets whose graphs ONNX Runtime runs."""
+ORT_TARGETS = ("portable", "ort-cpu", "ort-cuda")
+"""Export targets whose graphs ONNX Runtime runs on the CPU; those of the last are made for a card."""
 
 _FATAL_ONLY = 4
 _REASON_LENGTH = 200
@@ -52,13 +53,13 @@ class OrtGraph:
         values = self._session.run(self._output_names, dict(inputs))
         return dict(zip(self._output_names, values, strict=True))
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundRun:
+    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> BoundRun:
         """See :meth:`deepstitch.runtime.engine.GraphRunner.bind`; arrays must be C-contiguous."""
         binding = self._session.io_binding()
         for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, array in arrays.items():
-                if not array.flags.c_contiguous:
-                    raise ValueError(f"{name}: only contiguous memory can be bound")
+                if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
+                    raise ValueError(f"{name}: only contiguous memory of the host can be bound")
                 bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         # the pointers do not own the memory, so the arrays travel along
         return partial(_run_bound, self._session, binding, (dict(inputs), dict(outputs)))
@@ -105,10 +106,24 @@ class OrtEngine:
         with ThreadPoolExecutor(max(1, len(names))) as pool:  # one graph is packed by one thread, without Python's lock
             self._graphs = {name: OrtGraph(session) for name, session in zip(names, pool.map(load, names), strict=True)}
 
+    def graph(self, name: str) -> GraphRunner:
+        """One graph by its name."""
+        return self._graphs[name]
+
     @property
     def decoder(self) -> GraphRunner:
         """The decoder graph."""
         return self._graphs[DECODER]
+
+    @property
+    def memory(self) -> Memory:
+        """That of the host."""
+        return HOST
+
+    @property
+    def limits(self) -> EngineLimits:
+        """Those of the model."""
+        return EngineLimits()
 
     def vision(self, batch: VisionBatch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Encode images and videos in one call.
@@ -129,9 +144,10 @@ def _refuse_other_targets(bundle: Bundle) -> None:
     """Graphs with TensorRT plugins are whole graphs, but not for this engine."""
     target = bundle.manifest.target
     if target not in ORT_TARGETS:
+        engine = "tensorrt after 'deepstitch build'" if target.startswith("trt") else target
         raise BundleError(
-            f"{bundle.folder}: exported with --target {target}, which ONNX Runtime does not run; make an engine of it "
-            f"with 'deepstitch build {bundle.folder} --target {target}', or export the checkpoint with --target ort-cpu"
+            f"{bundle.folder}: exported with --target {target}, which ONNX Runtime on the CPU does not run; run it in "
+            f"one process with engine {engine}, or export the checkpoint with --target ort-cpu"
         )
 
 
@@ -145,8 +161,8 @@ def _load(bundle: Bundle, name: str, *, threads: int | None, packed_cache: bool)
     except BundleError:
         raise
     except Exception as error:  # ONNX Runtime raises bare subclasses of Exception
-        raise BundleError(_load_failure(name, str(path), error)) from None
-    bundle.check_graph(name, _specs(session.get_inputs()), _specs(session.get_outputs()))
+        raise BundleError(load_failure(name, str(path), error)) from None
+    bundle.check_graph(name, tensor_specs(session.get_inputs()), tensor_specs(session.get_outputs()))
     return session
 
 
@@ -161,7 +177,8 @@ def _session_options(name: str, threads: int | None) -> onnxruntime.SessionOptio
     return options
 
 
-def _load_failure(name: str, path: str, error: Exception) -> str:
+def load_failure(name: str, path: str, error: Exception) -> str:
+    """Why a graph was refused, and what to do."""
     reason = " ".join(str(error).split())
     remedy = "export the checkpoint again"
     if "IR version" in reason or "opset" in reason.lower():
@@ -171,7 +188,8 @@ def _load_failure(name: str, path: str, error: Exception) -> str:
     return f"{path}: onnxruntime cannot load graph '{name}': {reason}; {remedy}"
 
 
-def _specs(values: Any) -> list[TensorSpec]:
+def tensor_specs(values: Any) -> list[TensorSpec]:
+    """Inputs or outputs of a session as the manifest declares them."""
     specs = []
     for value in values:
         shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)

@@ -2,7 +2,8 @@
 
 Memory plan. Each decoder layer has two tensors ``[B, Hkv, C, D]``, capacity C >= any row's length. Rows lie
 one after the other, so that a range of rows is a contiguous view and can be bound by itself. Where the graph
-may write ``present`` over ``past`` there is one set of buffers; elsewhere two, which swap after each call.
+may write ``present`` over ``past`` there is one set of buffers; elsewhere two, which swap after each call. The buffers
+lie where the engine wants them: on the host, or on its device.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ import numpy.typing as npt
 
 from deepstitch.errors import BundleError
 from deepstitch.manifest import Graph
-from deepstitch.runtime.engine import Array
+from deepstitch.runtime.engine.memory import HOST, Memory, Tensor
 
 __all__ = ["CacheTensor", "KVCache", "cache_tensors"]
 
 CAPACITY_STEP = 64
-_ALIGNMENT = 64  # one AVX-512 register, one cache line
 _PAST, _PRESENT = "past_key_values.", "present."
 
-Tensors = dict[str, Array]
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +70,30 @@ class KVCache:
         version: changes whenever memory or row count changed, so that bindings have to be made anew.
     """
 
-    def __init__(self, tensors: Sequence[CacheTensor], *, rows: int, capacity: int, in_place: bool) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[CacheTensor],
+        *,
+        rows: int,
+        capacity: int,
+        in_place: bool,
+        memory: Memory = HOST,
+        limit: int | None = None,
+    ) -> None:
+        """Allocate.
+
+        Args:
+            tensors: of the graph.
+            rows: sequences to hold.
+            capacity: tokens per row to begin with.
+            in_place: one set of buffers suffices.
+            memory: where they lie.
+            limit: the largest capacity the engine takes; None for any.
+        """
         self.rows = rows
-        self.capacity = _round_up(capacity)
+        self._memory = memory
+        self._limit = limit
+        self.capacity = self._round_up(capacity)
         self.current = 0
         self.version = 0
         self._tensors = tuple(tensors)
@@ -94,14 +115,15 @@ class KVCache:
         """Make room for ``capacity`` tokens per row, at least doubling; copies the valid ``lengths`` once."""
         if capacity <= self.capacity:
             return
-        self.capacity = _round_up(max(capacity, 2 * self.capacity))
+        doubled = 2 * self.capacity if self._limit is None else min(2 * self.capacity, self._limit)
+        self.capacity = self._round_up(max(capacity, doubled))
         self.version += 1
         kept = int(lengths[: self.rows].max(initial=0))
         for index, buffers in enumerate(self._sets):
             for place, tensor in enumerate(self._tensors):  # one by one: both sizes of all of them might not fit
                 source, buffers[place] = buffers[place], self._allocate_one(tensor)
                 if index == self.current:
-                    buffers[place][:, :, :kept] = source[: self.rows, :, :kept]
+                    self._memory.copy_tokens(buffers[place], source[: self.rows], 0, kept)
                 del source
 
     def commit(self, rows: range, starts: npt.NDArray[np.int32], width: int) -> None:
@@ -115,30 +137,22 @@ class KVCache:
         past, present = self._sets[self.current], self._sets[1 - self.current]
         for row, start in zip(rows, starts, strict=True):
             for target, source in zip(past, present, strict=True):
-                target[row, :, start : start + width] = source[row, :, start : start + width]
+                self._memory.copy_tokens(target[row : row + 1], source[row : row + 1], start, start + width)
 
     def drop(self, row: int, lengths: npt.NDArray[np.int32]) -> None:
         """Remove a row; the last row takes its place. ``lengths`` are those before the removal."""
         last = self.rows - 1
         kept = int(lengths[last])
         if row != last:
-            for array in self._sets[self.current]:
-                array[row, :, :kept] = array[last, :, :kept]
+            for tensor in self._sets[self.current]:
+                self._memory.copy_tokens(tensor[row : row + 1], tensor[last : last + 1], 0, kept)
         self.rows = last
         self.version += 1
 
-    def _allocate_one(self, tensor: CacheTensor) -> Array:
-        return _zeros((self.rows, tensor.heads, self.capacity, tensor.width), tensor.dtype)
+    def _allocate_one(self, tensor: CacheTensor) -> Tensor:
+        """Zeros rather than garbage: a masked key of NaN would still poison the weighted sum."""
+        return self._memory.zeros((self.rows, tensor.heads, self.capacity, tensor.width), tensor.dtype)
 
-
-def _round_up(count: int) -> int:
-    return max(1, math.ceil(count / CAPACITY_STEP)) * CAPACITY_STEP
-
-
-def _zeros(shape: tuple[int, ...], dtype: str) -> Array:
-    """Aligned zeros. Zeros rather than garbage: a masked key of NaN would still poison the weighted sum."""
-    kind = np.dtype(dtype)
-    size = math.prod(shape) * kind.itemsize
-    raw = np.zeros(size + _ALIGNMENT, np.uint8)  # calloc: pages appear when written
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(kind).reshape(shape)
+    def _round_up(self, count: int) -> int:
+        rounded = max(1, math.ceil(count / CAPACITY_STEP)) * CAPACITY_STEP
+        return rounded if self._limit is None else max(count, min(rounded, self._limit))

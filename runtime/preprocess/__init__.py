@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from deepstitch.runtime.preprocess.batch import Prompt, VisionBatch
 from deepstitch.runtime.preprocess.images import load_image
-from deepstitch.runtime.preprocess.items import KnownImage
+from deepstitch.runtime.preprocess.items import KnownItem
 from deepstitch.runtime.preprocess.positions import MRopeState, mrope_position_ids
 from deepstitch.runtime.preprocess.processor import Processor
 from deepstitch.runtime.preprocess.tokenizer import DecodeStream, Tokenizer
@@ -18,7 +18,7 @@ from deepstitch.runtime.preprocess.vision_inputs import VisionInputs, vision_inp
 __all__ = [
     "Clip",
     "DecodeStream",
-    "KnownImage",
+    "KnownItem",
     "MRopeState",
     "Processor",
     "Prompt",

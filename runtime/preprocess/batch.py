@@ -96,6 +96,7 @@ class Prompt:
         rope_delta: position of the next token is ``S + rope_delta``, on all three rows.
         vision: inputs of the vision encoder, None without images and clips.
         text: the rendered prompt, each image still one placeholder.
+        timestamps: of every image and clip: seconds of each time step of a clip, none of an image.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -103,3 +104,4 @@ class Prompt:
     rope_delta: int
     vision: VisionBatch | None
     text: str
+    timestamps: tuple[tuple[float, ...], ...] = ()

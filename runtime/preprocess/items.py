@@ -21,15 +21,20 @@ from deepstitch.runtime.preprocess.settings import ImageSettings, VideoSettings
 from deepstitch.runtime.preprocess.video import VideoSource, frame_indices, open_clip, timestamps
 from deepstitch.runtime.preprocess.vision_inputs import vision_inputs
 
-__all__ = ["ClipItem", "ImageItem", "KnownImage", "VisualItem", "pack"]
+__all__ = ["ClipItem", "ImageItem", "KnownItem", "VisualItem", "pack"]
 
 
 class VisualItem(Protocol):
-    """What :func:`pack` needs of an image or clip."""
+    """What :func:`pack` and the prompt need of an image or clip."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """Patches along time, height, width."""
+        ...
+
+    @property
+    def timestamps(self) -> Sequence[float]:
+        """Seconds of each time step of a clip; none of an image."""
         ...
 
     def write(self, out: npt.NDArray[np.float32]) -> str:
@@ -39,6 +44,8 @@ class VisualItem(Protocol):
 
 class ImageItem:
     """A picture."""
+
+    timestamps: tuple[float, ...] = ()
 
     def __init__(self, source: ImageSource, settings: ImageSettings, shape: PatchShape, label: str) -> None:
         image = load_image(source, label)
@@ -60,20 +67,22 @@ class ImageItem:
 
 
 @dataclass(frozen=True, slots=True)
-class KnownImage:
-    """A picture that was prepared before: in place of its pixels, what came of them.
+class KnownItem:
+    """A picture or clip that was prepared before: in place of its pixels, what came of them.
 
     Attributes:
         grid: patches along time, height, width.
         key: content key of its encoder outputs.
+        timestamps: seconds of each time step of a clip.
     """
 
     grid: tuple[int, int, int]
     key: str
+    timestamps: tuple[float, ...] = ()
 
     def write(self, out: npt.NDArray[np.float32]) -> str:
         """Refuse: there are no pixels."""
-        raise InputError("pictures that are known and pictures that are not cannot be prepared in one prompt")
+        raise InputError("pictures and clips that are known and others cannot be prepared in one prompt")
 
 
 class ClipItem:
@@ -118,7 +127,7 @@ class ClipItem:
 def pack(items: Sequence[VisualItem], vision: VisionFacts, shape: PatchShape) -> VisionBatch:
     """Write all items into one batch, in their order; the only large array is ``pixel_values`` itself."""
     grid = np.array([item.grid for item in items], dtype=np.int64)
-    known = [item.key for item in items if isinstance(item, KnownImage)]
+    known = [item.key for item in items if isinstance(item, KnownItem)]
     if len(known) == len(items):
         return VisionBatch.without_pixels(grid, known, shape.merge)
     patches = grid.prod(axis=1)

@@ -14,7 +14,7 @@ from deepstitch.manifest import ModelFacts, VisionFacts
 from deepstitch.runtime.preprocess.batch import Prompt
 from deepstitch.runtime.preprocess.chat import ChatTemplate
 from deepstitch.runtime.preprocess.images import ImageSource
-from deepstitch.runtime.preprocess.items import ClipItem, ImageItem, KnownImage, VisualItem, pack
+from deepstitch.runtime.preprocess.items import ClipItem, ImageItem, KnownItem, VisualItem, pack
 from deepstitch.runtime.preprocess.messages import Message, conversation, split_media
 from deepstitch.runtime.preprocess.patches import PatchShape
 from deepstitch.runtime.preprocess.positions import MRopeState
@@ -143,7 +143,12 @@ class Processor:
         positions = MRopeState.for_model(self._model, self._vision)
         position_ids = positions.extend(ids, batch.grid_thw if batch else None)
         return Prompt(
-            input_ids=ids, position_ids=position_ids, rope_delta=positions.rope_delta, vision=batch, text=text
+            input_ids=ids,
+            position_ids=position_ids,
+            rope_delta=positions.rope_delta,
+            vision=batch,
+            text=text,
+            timestamps=tuple(tuple(item.timestamps) for item in items),
         )
 
     def decode_stream(self, *, skip_special_tokens: bool = True) -> DecodeStream:
@@ -175,8 +180,8 @@ class Processor:
             order.append((kind, counters[kind]))
         return order
 
-    def _item(self, kind: str, index: int, source: Any) -> ImageItem | ClipItem | KnownImage:
-        if isinstance(source, KnownImage):
+    def _item(self, kind: str, index: int, source: Any) -> ImageItem | ClipItem | KnownItem:
+        if isinstance(source, KnownItem):
             return source
         if kind == "image":
             assert self._image_settings is not None
@@ -189,7 +194,7 @@ class Processor:
 
         The start and end tokens the template puts around the placeholder stay, as they do in transformers 5.
         """
-        clips = [item for item in items if isinstance(item, ClipItem)]
+        clips = [item for item in items if item.timestamps]
         if not clips:
             return text
         token = self._placeholders["video"]
