@@ -163,7 +163,7 @@ def export_checkpoint(config: ExportConfig) -> Path:
                 versions=_versions(),
                 model=facts.model_facts(
                     checkpoint,
-                    batched_continuation=target.batched_continuation,
+                    batched_continuation=target.batched_continuation and kind.name not in target.unbatched_caches,
                     kv_cache_in_place=target.kv_cache_in_place,
                 ),
                 vision=facts.vision_facts(checkpoint.config),
@@ -296,7 +296,15 @@ def _write_graph(
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxruntime", "numpy")}
+    names = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
+    return {name: importlib.metadata.version(name) for name in names if _installed(name)}
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:  # of onnxruntime's packages, there is one
+        return False
 
 
 def _command(config: ExportConfig, work: QuantizationWork | None) -> str:

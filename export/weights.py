@@ -306,7 +306,13 @@ class WeightPlan:
 
 
 def _cast_to_float32(value: ir.Value, graph: ir.Graph) -> None:
-    users = [(node, index) for node, index in value.uses() if node.domain != PLUGINS]  # those take it as it is stored
+    users = []
+    for node, index in list(value.uses()):
+        if node.domain == "" and node.op_type == "Cast" and node.attributes.get_int("to") == value.dtype:
+            ir.convenience.replace_all_uses_with(node.outputs[0], value)  # wanted as it is stored
+            graph.remove(node, safe=True)
+        elif node.domain != PLUGINS:  # those take it as it is stored
+            users.append((node, index))
     if not users:
         return
     cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{value.name}/Cast")

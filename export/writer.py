@@ -13,9 +13,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Protocol
+
+import numpy.typing as npt
 
 from deepstitch.errors import OutputError
-from deepstitch.export.weights import AnyTensor
 from deepstitch.manifest import FileRecord, file_sha256
 from deepstitch.tensorfile import DTYPE_BYTES, TensorEntry
 
@@ -24,6 +26,7 @@ __all__ = [
     "REFERENCE_FOLDER",
     "WEIGHTS_FILE",
     "BackgroundHashes",
+    "WritableTensor",
     "atomic_folder",
     "copy_files",
     "link_checkpoint",
@@ -99,8 +102,36 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
         raise OutputError(f"-o {target}: is not a bundle, so --overwrite does not replace it; choose another folder")
 
 
+class WritableTensor(Protocol):
+    """A tensor of a weight file that is to be written."""
+
+    @property
+    def name(self) -> str:
+        """In the file."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of safetensors."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the file."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+        ...
+
+    def blocks(self) -> Iterator[npt.NDArray[Any]]:
+        """The stored bytes in order, a bounded block at a time."""
+        ...
+
+
 def write_weights(
-    tensors: Iterable[AnyTensor], path: Path, progress: Progress
+    tensors: Iterable[WritableTensor], path: Path, progress: Progress
 ) -> tuple[dict[str, TensorEntry], FileRecord]:
     """Write one safetensors file, a bounded block of one tensor at a time.
 

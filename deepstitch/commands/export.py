@@ -23,7 +23,12 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.command("export")
 @click.argument("checkpoint", type=_FOLDER)
 @click.option("-o", "--output", type=_FOLDER, required=True, help="Bundle folder to create.")
-@click.option("--target", default="ort-cpu", metavar="TARGET", help="What runs the graphs: portable, ort-cpu or trt8.")
+@click.option(
+    "--target",
+    default="ort-cpu",
+    metavar="TARGET",
+    help="What runs them: portable, ort-cpu, ort-cuda, trt8 or trt10.",
+)
 @click.option(
     "--weights",
     default="fp32",

@@ -25,6 +25,7 @@ class Target:
     Attributes:
         passes: builds the target's pass list; it may register weight layouts with the plan.
         batched_continuation: see :class:`deepstitch.manifest.ModelFacts`; ``kv_cache_in_place`` likewise.
+        unbatched_caches: kinds of KV cache over which ``batched_continuation`` is not so.
         check: refuses what the target cannot hold, by the flags alone.
     """
 
@@ -32,16 +33,18 @@ class Target:
     passes: Callable[[WeightPlan], list[ir.passes.InPlacePass]]
     batched_continuation: bool
     kv_cache_in_place: bool = True
+    unbatched_caches: tuple[str, ...] = ()
     check: Callable[[ExportConfig], None] = lambda config: None
 
 
 def _targets() -> Mapping[str, Target]:
-    from deepstitch.export.lower import ort_cpu, portable, trt8
+    from deepstitch.export.lower import ort_cpu, ort_cuda, portable, trt8, trt10
 
-    return MappingProxyType({each.name: each for each in (portable.TARGET, ort_cpu.TARGET, trt8.TARGET)})
+    modules = (portable, ort_cpu, ort_cuda, trt8, trt10)
+    return MappingProxyType({module.TARGET.name: module.TARGET for module in modules})
 
 
-TARGETS = ("portable", "ort-cpu", "trt8")
+TARGETS = ("portable", "ort-cpu", "ort-cuda", "trt8", "trt10")
 
 
 def target(name: str) -> Target:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import onnx_ir as ir
 
 from deepstitch.export.functions import DOMAIN, parse_functions
 from deepstitch.export.passes.plugin_nodes import PLUGIN_OPSET, parser_attributes
+from deepstitch.plugins.kv_cache_append.schema import SCHEMA as APPEND_SCHEMA
 from deepstitch.plugins.sparse_attention.schema import HEAD_DIMS, SCHEMA
 
 __all__ = ["ATTENTIONS", "AttentionToPlugin"]
@@ -15,64 +18,39 @@ __all__ = ["ATTENTIONS", "AttentionToPlugin"]
 ATTENTIONS: Mapping[str, str] = {"CachedAttention": "float32", "CachedAttentionFp16": "float16"}
 """The operators over a KV cache that have a plugin, and how the cache is stored."""
 
-# Where new keys and values go: row, head, slot. All layers share it.
-_PLACES = """
-CachePlaces (past_lengths, key) => (places, position)
-{
-    zero = Constant <value = int32 {0}> ()
-    one = Constant <value = int32 {1}> ()
-    first = Constant <value_ints = [0]> ()
-    second = Constant <value_ints = [1]> ()
-    key_shape = Shape (key)
-    rows_1d = Gather <axis = 0> (key_shape, first)
-    tokens_1d = Gather <axis = 0> (key_shape, second)
-    rows_0d = Squeeze (rows_1d, first)
-    tokens_0d = Squeeze (tokens_1d, first)
-    num_rows = Cast <to = 6> (rows_0d)
-    num_tokens = Cast <to = 6> (tokens_0d)
-    row = Range (zero, num_rows, one)
-    step = Range (zero, num_tokens, one)
-    lengths_column = Unsqueeze (past_lengths, second)
-    position = Add (lengths_column, step)
-    row_shape = Constant <value_ints = [-1, 1, 1, 1]> ()
-    slot_shape = Constant <value_ints = [0, -1, 1, 1]> ()
-    row_4d = Reshape (row, row_shape)
-    slot_4d = Reshape (position, slot_shape)
-    head_4d = Constant <value = int32[1, 1, KV_HEADS, 1] {HEADS}> ()
-    grid_end = Constant <value_ints = [KV_HEADS, 1]> ()
-    grid = Concat <axis = 0> (rows_1d, tokens_1d, grid_end)
-    rows = Expand (row_4d, grid)
-    heads = Expand (head_4d, grid)
-    slots = Expand (slot_4d, grid)
-    places_int32 = Concat <axis = 3> (rows, heads, slots)
-    places = Cast <to = 7> (places_int32)
-}
-"""
-
-# New keys and values lie in the cache before anything is read. TensorRT gives ScatterND's result memory of its own,
-# hence copies the cache.
-_APPEND = """
-    PART_by_head = Reshape (PART, by_head)
-    present_PART = ScatterND (past_PART, places, PART_by_head)
-"""
-_APPEND_FLOAT16 = """
-    PART_by_head = Reshape (PART, by_head)
-    PART_stored = Cast <to = 10> (PART_by_head)
-    present_PART = ScatterND (past_PART, places, PART_stored)
-"""
+# New keys and values lie in the cache before anything is read; the plugin writes them over the old cache where that is
+# bound as the new one.
 _CACHED = """
 NAME <num_heads, kv_num_heads, scale>
-    (query, key, value, past_key, past_value, past_lengths, query_lengths, places, position) => (output, present_key,
+    (query, key, value, past_key, past_value, past_lengths, query_lengths POSITION) => (output, present_key,
     present_value)
 {
-    by_head = Constant <value_ints = [0, 0, KV_HEADS, HEAD_DIM]> ()
-    APPEND
+    present_key, present_value = deepstitch.plugins.KVCacheAppend <APPEND>
+        (past_key, past_value, key, value, past_lengths, query_lengths)
     ATTEND
 }
 """
 _CACHED_KERNEL = """
     output = deepstitch.plugins.SparseAttention <ATTRIBUTES>
         (query, present_key, present_value, past_lengths, query_lengths)
+"""
+
+# Where the queries of standard operators stand in the cache. All layers share it.
+_POSITIONS = """
+CachePositions (past_lengths, key) => (position)
+{
+    zero = Constant <value = int32 {0}> ()
+    one = Constant <value = int32 {1}> ()
+    first = Constant <value_ints = [0]> ()
+    second = Constant <value_ints = [1]> ()
+    key_shape = Shape (key)
+    tokens_1d = Gather <axis = 0> (key_shape, second)
+    tokens_0d = Squeeze (tokens_1d, first)
+    num_tokens = Cast <to = 6> (tokens_0d)
+    step = Range (zero, num_tokens, one)
+    lengths_column = Unsqueeze (past_lengths, second)
+    position = Add (lengths_column, step)
+}
 """
 
 # The group of query heads that share a key/value head is an axis of its own.
@@ -154,15 +132,14 @@ _SEGMENT_STANDARD = """
     output = Reshape (attended_tokens, merged)
 """
 _KINDS: Mapping[type, str] = {str: "string", int: "int"}
-_APPENDS = {"float32": _APPEND, "float16": _APPEND_FLOAT16}
 
 
 class AttentionToPlugin(ir.passes.InPlacePass):
     """CachedAttention and SegmentAttention get bodies around ``deepstitch.plugins.SparseAttention``.
 
-    1. Once per graph: the places in the cache that the new tokens go to.
-    2. New keys and values are written there by ScatterND, then the plugin reads the cache.
-    3. Heads of a width that the plugin has no kernel for are computed by MatMul and Softmax, which hold all scores.
+    1. ``deepstitch.plugins.KVCacheAppend`` writes new keys and values into the cache, then the other plugin reads it.
+    2. Heads of a width that it has no kernel for are computed by MatMul and Softmax, which hold all scores, from
+       positions that are worked out once per graph.
 
     The bodies are functions; inlining them is another pass.
 
@@ -174,9 +151,9 @@ class AttentionToPlugin(ir.passes.InPlacePass):
         cached = [node for node in model.graph if node.domain == DOMAIN and node.op_type in ATTENTIONS]
         segments = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, "SegmentAttention")]
         bodies = {node.op_type: _body(node) for node in (*cached, *segments)}
-        if cached:
-            bodies["CachePlaces"] = _filled(_PLACES, cached[0])
-            _give_places(model.graph, cached)
+        if cached and not _has_kernel(cached[0]):
+            bodies["CachePositions"] = _POSITIONS
+            _give_positions(model.graph, cached)
         for proto in parse_functions(bodies.values(), deepstitch_plugins=PLUGIN_OPSET).values():
             function = ir.serde.deserialize_function(proto)
             model.functions[function.identifier()] = function
@@ -189,28 +166,34 @@ class AttentionToPlugin(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"no plugin for {node.op_type}")
 
 
-def _give_places(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
+def _give_positions(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
     key, past_lengths = nodes[0].inputs[1], nodes[0].inputs[5]
-    places = ir.node("CachePlaces", [past_lengths, key], domain=DOMAIN, num_outputs=2)
-    graph.insert_before(nodes[0], places)
+    positions = ir.node("CachePositions", [past_lengths, key], domain=DOMAIN)
+    graph.insert_before(nodes[0], positions)
     for node in nodes:
         count = len(node.inputs)
-        node.resize_inputs(count + 2)
-        for index, value in enumerate(places.outputs, start=count):
-            node.replace_input_with(index, value)
+        node.resize_inputs(count + 1)
+        node.replace_input_with(count, positions.outputs[0])
 
 
 def _body(node: ir.Node) -> str:
     """The operator's function, for all nodes of its type: the layers of a model are alike."""
-    has_kernel = _sizes(node)["HEAD_DIM"] in HEAD_DIMS
+    has_kernel = _has_kernel(node)
     if node.op_type == "SegmentAttention":
         text = _SEGMENT.replace("ATTEND", _SEGMENT_KERNEL if has_kernel else _SEGMENT_STANDARD)
     else:
-        append = _APPENDS[ATTENTIONS[node.op_type]]
-        text = _CACHED.replace("APPEND", append.replace("PART", "key") + append.replace("PART", "value"))
+        append = APPEND_SCHEMA.resolve({"kv_format": ATTENTIONS[node.op_type]})
+        text = _CACHED.replace("APPEND", _as_text(parser_attributes(APPEND_SCHEMA, append)))
         text = text.replace("ATTEND", _CACHED_KERNEL if has_kernel else _CACHED_STANDARD)
+        text = text.replace("POSITION", "" if has_kernel else ", position")
     text = text.replace("ATTRIBUTES", _attributes(node) if has_kernel else "").replace("NAME", node.op_type)
-    return _filled(text, node)
+    for name, value in _sizes(node).items():
+        text = text.replace(name, str(value))
+    return text
+
+
+def _has_kernel(node: ir.Node) -> bool:
+    return _sizes(node)["HEAD_DIM"] in HEAD_DIMS
 
 
 def _sizes(node: ir.Node) -> dict[str, int]:
@@ -220,15 +203,6 @@ def _sizes(node: ir.Node) -> dict[str, int]:
     assert isinstance(width, int)
     kv_heads = node.attributes.get_int("kv_num_heads", heads)
     return {"KV_HEADS": kv_heads, "GROUP": heads // kv_heads, "HEAD_DIM": width // heads, "WIDTH": width}
-
-
-def _filled(text: str, node: ir.Node) -> str:
-    """A text with the node's sizes."""
-    sizes = _sizes(node)
-    text = text.replace("{HEADS}", "{" + ", ".join(str(head) for head in range(sizes["KV_HEADS"])) + "}")
-    for name, value in sizes.items():
-        text = text.replace(name, str(value))
-    return text
 
 
 def _attributes(node: ir.Node) -> str:
@@ -242,8 +216,14 @@ def _attributes(node: ir.Node) -> str:
         "mode": "causal" if node.op_type in ATTENTIONS else "segment",
         "kv_format": ATTENTIONS.get(node.op_type, "float32"),
     }
-    texts = {"scale: float": "@scale"}
-    for name, value in parser_attributes(SCHEMA, SCHEMA.resolve(given)).items():
-        if name != "scale":
+    resolved = parser_attributes(SCHEMA, SCHEMA.resolve(given))
+    return _as_text(resolved, {"scale: float": "@scale"})
+
+
+def _as_text(attributes: Mapping[str, Any], first: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Attributes in ONNX's textual syntax; floats are to be among the first."""
+    texts = dict(first)
+    for name, value in attributes.items():
+        if type(value) in _KINDS:
             texts[f"{name}: {_KINDS[type(value)]}"] = f'"{value}"' if isinstance(value, str) else str(value)
     return ", ".join(f"{name} = {text}" for name, text in texts.items())

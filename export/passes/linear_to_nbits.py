@@ -15,14 +15,23 @@ class LinearToNBits(ir.passes.InPlacePass):
     """``MatMul(x, Transpose(DequantizeLinear(W)))`` and the same as Gemm become ``com.microsoft.MatMulNBits``.
 
     1. The integers are laid out as ``[N, K/block, block*bits/8]`` bytes; they are the same bytes.
-    2. A bias becomes the operator's own.
+    2. A bias becomes the operator's own, or an addition behind it.
 
     Ensures: no linear layer reads a DequantizeLinear.
     """
 
-    def __init__(self, plan: WeightPlan) -> None:
+    def __init__(self, plan: WeightPlan, *, accuracy_level: int = INT8_ACTIVATIONS, takes_bias: bool = True) -> None:
+        """Take the weights.
+
+        Args:
+            plan: of the weights.
+            accuracy_level: of the operator; 0 keeps its inputs as they are.
+            takes_bias: the operator adds the bias.
+        """
         super().__init__()
         self.plan = plan
+        self.accuracy_level = accuracy_level
+        self.takes_bias = takes_bias
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model`` in place."""
@@ -43,7 +52,7 @@ class LinearToNBits(ir.passes.InPlacePass):
         values, scales, *zero_points = self.plan.add_quantized(weight, "nbits", graph)
         bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
         inputs: list[ir.Value | None] = [node.inputs[0], values, scales, *zero_points]
-        inputs += [None] * (5 - len(inputs)) + [bias]  # no zero points, no group indices
+        inputs += [None] * (5 - len(inputs)) + [bias if self.takes_bias else None]  # no zero points, no group indices
         while inputs[-1] is None:
             inputs.pop()
         rows, columns = weight.shape
@@ -55,12 +64,16 @@ class LinearToNBits(ir.passes.InPlacePass):
                 "N": rows,
                 "bits": weight.stored.bits,
                 "block_size": weight.stored.block,
-                "accuracy_level": INT8_ACTIVATIONS,
+                "accuracy_level": self.accuracy_level,
             },
             domain="com.microsoft",
         )
-        linear.metadata_props.update(node.metadata_props)
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [linear], [node.outputs[0]], [linear.outputs[0]])
+        nodes = [linear]
+        if bias is not None and not self.takes_bias:
+            nodes.append(ir.node("Add", [linear.outputs[0], bias]))
+        for each in nodes:
+            each.metadata_props.update(node.metadata_props)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [node.outputs[0]], [nodes[-1].outputs[0]])
 
     def ensures(self, model: ir.Model) -> None:
         """Check that no linear layer is left on integer weights."""

@@ -10,7 +10,7 @@ from deepstitch.export.quantize.stored import QuantizedWeight
 from deepstitch.export.weights import WeightPlan
 from deepstitch.plugins.quantized_linear.schema import BLOCKS, SCHEMA
 
-__all__ = ["LINEAR_GROUP", "LinearToPlugin", "refuse_format", "weight_format"]
+__all__ = ["LINEAR_GROUP", "LinearToPlugin", "is_plain", "refuse_format", "weight_format"]
 
 LINEAR_GROUP = 32  # the kernels read inputs of a matrix in groups of this many
 _FORMATS = {"F32": "float32", "F16": "float16"}
@@ -23,14 +23,21 @@ class LinearToPlugin(ir.passes.InPlacePass):
        while building, and keep four bytes of each.
     2. W stays ``[N, K]``; four int8 or eight int4 numbers are one INT32.
     3. A bias becomes the plugin's, and so does an addition of equal shape that is all that reads the result.
-    4. fp16 weights whose K is not whole groups stay with TensorRT.
+    4. fp16 weights whose K is not whole groups stay with TensorRT, and all of them where it multiplies in fp16.
 
     Ensures: no linear layer reads a DequantizeLinear.
     """
 
-    def __init__(self, plan: WeightPlan) -> None:
+    def __init__(self, plan: WeightPlan, *, halves: bool = True) -> None:
+        """Take the weights.
+
+        Args:
+            plan: of the weights.
+            halves: take fp16 weights too.
+        """
         super().__init__()
         self.plan = plan
+        self.halves = halves
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model`` in place."""
@@ -45,7 +52,7 @@ class LinearToPlugin(ir.passes.InPlacePass):
     def _is_taken(self, weight: ir.Value) -> bool:
         if self.plan.quantized(weight) is not None:
             return True
-        if not self.plan.is_parameter(weight) or self.plan.dtype(weight) != "F16":
+        if not self.halves or not self.plan.is_parameter(weight) or self.plan.dtype(weight) != "F16":
             return False
         return self.plan.shape(weight)[-1] % LINEAR_GROUP == 0
 
@@ -92,19 +99,19 @@ def refuse_format(weight: QuantizedWeight) -> None:
     stored = weight.stored
     flag = "--vision-weights" if ".visual." in weight.name else "--weights"
     if not stored.symmetric:
-        raise UnsupportedError("--asymmetric: the kernels behind --target trt8 have no zero points; leave the flag out")
+        raise UnsupportedError("--asymmetric: the kernels of the TensorRT targets know no zero points; leave it out")
     if stored.block not in BLOCKS:
         allowed = ", ".join(str(block) for block in BLOCKS if block)
         raise UnsupportedError(
-            f"--target trt8: '{weight.name}' has {weight.shape[-1]} inputs, which take blocks of {stored.block}; its "
-            f"kernels read blocks of {allowed}; use {flag} fp16 or fp32"
+            f"'{weight.name}' has {weight.shape[-1]} inputs, which take blocks of {stored.block}; the kernels of the "
+            f"TensorRT targets read blocks of {allowed}; use {flag} fp16 or fp32"
         )
 
 
 def _matrix(node: ir.Node) -> ir.Value | None:
     """The initializer ``[N, K]`` that a linear layer multiplies with, stored as whatever it is."""
     weight = node.inputs[1] if node.domain == "" and node.op_type in ("MatMul", "Gemm") else None
-    if weight is None or (node.op_type == "Gemm" and not _is_plain(node)):
+    if weight is None or (node.op_type == "Gemm" and not is_plain(node)):
         return None
     if node.op_type == "MatMul":
         transpose = weight.producer()
@@ -117,7 +124,8 @@ def _matrix(node: ir.Node) -> ir.Value | None:
     return weight if weight is not None and weight.is_initializer() else None
 
 
-def _is_plain(gemm: ir.Node) -> bool:
+def is_plain(gemm: ir.Node) -> bool:
+    """Whether a Gemm is ``x @ W.T + bias`` and nothing more."""
     attributes = gemm.attributes
     factors = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
     return factors == (1.0, 1.0) and (attributes.get_int("transA", 0), attributes.get_int("transB", 0)) == (0, 1)

@@ -85,11 +85,11 @@ def _check(experts: int, top_k: int, intermediate: int, width: int) -> None:
     """
     if experts > _MOST_EXPERTS or top_k > _MOST_CHOSEN:
         raise UnsupportedError(
-            f"--target trt8: {experts} experts, {top_k} of them per token; the MoEExperts plugin takes up to "
+            f"{experts} experts, {top_k} of them per token; the MoEExperts plugin of the TensorRT targets takes up to "
             f"{_MOST_EXPERTS} and {_MOST_CHOSEN}; use --target ort-cpu or portable"
         )
     if intermediate % LINEAR_GROUP or width % LINEAR_GROUP:
         raise UnsupportedError(
-            f"--target trt8: experts of this model map {width} to {intermediate} and back; the MoEExperts plugin takes "
-            f"multiples of {LINEAR_GROUP}; use --target ort-cpu or portable"
+            f"experts of this model map {width} to {intermediate} and back; the MoEExperts plugin of the TensorRT "
+            f"targets takes multiples of {LINEAR_GROUP}; use --target ort-cpu or portable"
         )

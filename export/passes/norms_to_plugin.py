@@ -7,7 +7,7 @@ import onnx_ir as ir
 from deepstitch.export.passes.plugin_nodes import plugin_node
 from deepstitch.plugins.rms_norm_rope.schema import SCHEMA
 
-__all__ = ["NormsToPlugin"]
+__all__ = ["NormsToPlugin", "sum_of_equals"]
 
 
 class NormsToPlugin(ir.passes.InPlacePass):
@@ -29,7 +29,7 @@ class NormsToPlugin(ir.passes.InPlacePass):
 
     def _rewrite(self, graph: ir.Graph, norm: ir.Node) -> None:
         x, weight = norm.inputs
-        add = _sum(x)
+        add = sum_of_equals(x)
         attributes = {
             "mode": "norm",
             "epsilon": norm.attributes.get_float("epsilon", 1e-5),
@@ -50,7 +50,7 @@ class NormsToPlugin(ir.passes.InPlacePass):
             raise ir.passes.PostconditionError("a RMSNormalization node is left")
 
 
-def _sum(value: ir.Value | None) -> ir.Node | None:
+def sum_of_equals(value: ir.Value | None) -> ir.Node | None:
     """The Add of two equally shaped tensors that makes a value."""
     add = value.producer() if value is not None else None
     if add is None or add.op_type != "Add" or add.domain != "":

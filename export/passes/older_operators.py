@@ -1,4 +1,4 @@
-"""Operators that came after opset 17, in those of opset 17."""
+"""Operators that a parser does not know yet, in those of opset 17."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import onnx_ir as ir
 from deepstitch.export.functions import DOMAIN, VERSION, parse_functions
 
 __all__ = ["OlderOperators"]
+
+_FIRST_OPSET = {"RotaryEmbedding": 23, "Gelu": 20}
 
 _ROTARY = """
 RotaryEmbeddingNUMBER (x, cos, sin) => (output)
@@ -67,21 +69,26 @@ GeluErf (x) => (output)
 
 
 class OlderOperators(ir.passes.InPlacePass):
-    """RotaryEmbedding and Gelu become functions over operators of opset 17.
+    """RotaryEmbedding and Gelu become functions over operators of opset 17, where they are newer than the parser's.
 
     1. RotaryEmbedding with one row of cosine and sine per token, halves rotated: split, four products, joined.
     2. Gelu by Tanh or Erf, as its attribute says.
 
     The bodies are functions; inlining them is another pass.
 
-    Ensures: neither operator is left.
+    Ensures: none of the two is left that came later.
     """
+
+    def __init__(self, opset: int) -> None:
+        """Take the parser's opset."""
+        super().__init__()
+        self.newer = tuple(name for name, first in _FIRST_OPSET.items() if first > opset)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model`` in place."""
         bodies: dict[str, str] = {}
         for node in model.graph:
-            if node.domain == "" and node.op_type in ("RotaryEmbedding", "Gelu"):
+            if node.domain == "" and node.op_type in self.newer:
                 text = _rotary(node) if node.op_type == "RotaryEmbedding" else _gelu(node)
                 name = text.split("(")[0].strip()
                 bodies[name] = text
@@ -95,8 +102,8 @@ class OlderOperators(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(bodies))
 
     def ensures(self, model: ir.Model) -> None:
-        """Check that both operators are gone."""
-        left = {node.op_type for node in model.graph if node.op_type in ("RotaryEmbedding", "Gelu")}
+        """Check that they are gone."""
+        left = {node.op_type for node in model.graph if node.op_type in self.newer}
         if left:
             raise ir.passes.PostconditionError(f"not rewritten: {sorted(left)}")
 

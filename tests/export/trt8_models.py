@@ -9,19 +9,22 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from deepstitch.export.compare import definition_engine
 from deepstitch.export.compare.candidate import Candidate
 from deepstitch.export.compare.cases import CASES
-from deepstitch.export.compare.comparison import make_inputs
+from deepstitch.export.compare.comparison import make_inputs, measure
 from deepstitch.export.compare.definition_engine import DefinitionEngine
+from deepstitch.export.compare.metrics import StageResult
 from deepstitch.export.compare.stages import Stages
+from deepstitch.export.compare.tolerance import Tolerance
 from deepstitch.export.exporter import QuantizationConfig
 from deepstitch.models.checkpoint import Checkpoint
 from deepstitch.plugins.common.schema import DOMAIN
 from deepstitch.runtime.bundle import Bundle
 from deepstitch.runtime.engine import open_engine
+from deepstitch.runtime.engine.ort import ORT_TARGETS
 
 from .. import tiny
 
@@ -59,7 +62,7 @@ def options(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
 def stages(folder: Path) -> Iterator[tuple[str, Stages]]:
     """What a bundle makes of every case that applies; stored weights are multiplied as floats."""
     bundle = Bundle.open(folder)
-    if bundle.manifest.target == "trt8":
+    if bundle.manifest.target not in ORT_TARGETS:
         original = definition_engine.with_definitions
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(definition_engine, "with_definitions", lambda model: original(floats(model, folder)))
@@ -68,6 +71,14 @@ def stages(folder: Path) -> Iterator[tuple[str, Stages]]:
         candidate = Candidate(open_engine("ort", bundle, threads=1))
     for inputs in make_inputs(bundle, CASES)[0]:
         yield inputs.case.name, candidate.run(inputs)
+
+
+def held_against(portable: Path, bundle: Path, tolerance: Tolerance) -> list[StageResult]:
+    """All stages of all cases of a bundle, measured by those of a portable one."""
+    expected = dict(stages(portable))
+    measured = [each for case, found in stages(bundle) for each in measure(case, found, expected[case], tolerance)]
+    assert len({result.case for result in measured}) == len(expected) >= 5
+    return measured
 
 
 def graphs(folder: Path) -> dict[str, onnx.ModelProto]:
@@ -85,7 +96,8 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 def floats(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
-    """The graph over float weights: integer weights times their scales, so that inputs are not rounded."""
+    """The graph over float32 weights: integers times their scales, and no layer's inputs or outputs are rounded."""
+    _widen(model)
     stored = {each.name: each for each in model.graph.initializer}
     made: dict[str, onnx.TensorProto] = {}
     for node in plugins(model):
@@ -107,6 +119,18 @@ def floats(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
                 each.i = 0
     model.graph.initializer.extend(made.values())
     return model
+
+
+def _widen(model: onnx.ModelProto) -> None:
+    """What is rounded to fp16 and cast back is left as it is; weights and caches of fp16 stay."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for node in model.graph.node:
+        halves = node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT16
+        if halves and all(reader.op_type == "Cast" for reader in readers[node.output[0]]):
+            node.attribute[0].i = TensorProto.FLOAT
 
 
 def decoded(words: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
