@@ -2,8 +2,9 @@
 #   make demo   exports the sample model, compares it with PyTorch, asks it about a picture, prints the answer and the
 #               time of each stage
 #   make test   runs everything a change has to pass
-# One more for those who have TensorRT's headers:
-#   make test-tensorrt TENSORRT_INCLUDE_DIR=<folder of NvInferRuntime.h>
+# One more, which downloads what is NVIDIA's:
+#   make test-tensorrt   holds the stand-in for TensorRT against NVIDIA's Python bindings; with TENSORRT_INCLUDE_DIR=<folder
+#                        of NvInferRuntime.h> also the plugins' adapters against those headers and TensorRT 8.6's library
 # All create .venv and install what they need; a second call starts at once.
 
 PYTHON ?= python3
@@ -47,9 +48,18 @@ typecheck: $(VENV)/dev-installed
 pytest: $(VENV)/dev-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-tensorrt: $(VENV)/dev-installed $(if $(TENSORRT_INCLUDE_DIR),$(TENSORRT_LIBRARY_DIR)/libnvinfer.so.8)
+test-tensorrt: $(VENV)/dev-installed $(VENV)/tensorrt-bindings \
+		$(if $(TENSORRT_INCLUDE_DIR),$(TENSORRT_LIBRARY_DIR)/libnvinfer.so.8)
 	TENSORRT_INCLUDE_DIR="$(TENSORRT_INCLUDE_DIR)" TENSORRT_LIBRARY_DIR="$(TENSORRT_LIBRARY_DIR)" \
-		$(BIN)/python -m pytest -rs tests/plugins/test_tensorrt.py
+		TENSORRT_BINDINGS_WHEELS="$(VENV)/tensorrt-bindings" \
+		$(BIN)/python -m pytest -rs tests/plugins/test_tensorrt.py tests/export/tensorrt/test_fake_tensorrt.py
+
+# The Python side alone, a megabyte each; there is not one of every version for every Python.
+$(VENV)/tensorrt-bindings: | $(VENV)/dev-installed
+	mkdir -p $@
+	for each in tensorrt_bindings==8.6.1 tensorrt_cu12_bindings==10.0.1 tensorrt_cu12_bindings==10.13.3.9 \
+		tensorrt_cu12_bindings==11.1.0.106; do \
+		$(PIP) download --quiet --no-deps --only-binary=:all: --dest $@ $$each || true; done
 
 # The wheel is for Python 3.10; only the library is taken out of it.
 $(VENV)/tensorrt-8.6.0/libnvinfer.so.8: | $(VENV)/dev-installed

@@ -15,15 +15,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from deepstitch.blockwise import WeightFormat
+from deepstitch.engine_manifest import ENGINE_MANIFEST, EngineFacts, EngineManifest, Limits, built_engines
 from deepstitch.errors import BundleError, CheckpointError, InputError
-from deepstitch.manifest import MANIFEST_NAME, Manifest
+from deepstitch.manifest import MANIFEST_NAME, Manifest, file_sha256
 from deepstitch.memory_estimate import CACHE_BITS, WEIGHT_BYTES, DecoderShape, Memory, Workload, estimate_memory
 from deepstitch.tensorfile import TensorEntry, TensorFile
 
 if TYPE_CHECKING:
     from deepstitch.models.config import ModelConfig
 
-__all__ = ["FileStatus", "Inspection", "ModuleSize", "cache_dtype_of", "decoder_shape", "inspect"]
+__all__ = ["EngineStatus", "FileStatus", "Inspection", "ModuleSize", "cache_dtype_of", "decoder_shape", "inspect"]
 
 # First match wins. The names are those of the checkpoints; the export keeps them for its initializers.
 _MODULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
@@ -75,6 +76,17 @@ class FileStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """TensorRT engines of a bundle. ``status`` is ``ok``, or what is wrong; of a damaged record that is all."""
+
+    name: str
+    status: str
+    card: str = ""
+    limits: Limits | None = None
+    size: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
     """Everything ``deepstitch inspect`` shows.
 
@@ -84,6 +96,7 @@ class Inspection:
         active_parameters: parameters that take part in one token: all but the experts it is not routed to.
         memory: for a checkpoint one row per weight dtype it can be exported with; for a bundle its own.
         graphs: for a bundle, the contract as in the manifest.
+        engines: that were built of it.
     """
 
     kind: str
@@ -98,6 +111,7 @@ class Inspection:
     workload: Workload
     memory: tuple[Memory, ...]
     graphs: Mapping[str, Any]
+    engines: tuple[EngineStatus, ...] = ()
 
     @property
     def intact(self) -> bool:
@@ -212,6 +226,7 @@ def _inspect_bundle(folder: Path, request: Mapping[str, int | None]) -> Inspecti
         workload=workload,
         memory=(estimate_memory(shape, workload, manifest.weights, weight_bytes, cache_dtype),),
         graphs={name: dataclasses.asdict(graph) for name, graph in manifest.graphs.items()},
+        engines=tuple(_engine_status(folder, engines) for engines in built_engines(folder)),
     )
 
 
@@ -320,6 +335,26 @@ def _file_status(folder: Path, manifest: Manifest, name: str) -> FileStatus:
     except BundleError as error:
         status = str(error)
     return FileStatus(name=name, size=record.size, sha256=record.sha256, status=status)
+
+
+def _engine_status(bundle: Path, folder: Path) -> EngineStatus:
+    try:
+        manifest = EngineManifest.read(folder / ENGINE_MANIFEST)
+    except BundleError as error:
+        return EngineStatus(name=folder.name, status=str(error))
+    here = EngineFacts(target=Manifest.read(bundle).target, bundle_sha256=file_sha256(bundle / MANIFEST_NAME))
+    wrong = manifest.differences(here)
+    for graph in manifest.graphs.values():
+        path = folder / graph.file
+        if not path.is_file() or path.stat().st_size != graph.size:
+            wrong.append(f"{graph.file} is missing, or not as long as it was")
+    return EngineStatus(
+        name=folder.name,
+        status="; ".join(wrong) or "ok",
+        card=manifest.card,
+        limits=manifest.limits,
+        size=sum(graph.size for graph in manifest.graphs.values()),
+    )
 
 
 def _stored_tensors(folder: Path, files: Iterable[FileStatus]) -> list[TensorEntry]:

@@ -9,14 +9,12 @@ import io
 import json
 import mmap
 import os
-import types
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from deepstitch.errors import BundleError, did_you_mean
+from deepstitch.errors import BundleError
+from deepstitch.records import parse_record
 
 __all__ = [
     "FORMAT_VERSION",
@@ -35,6 +33,7 @@ __all__ = [
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 _HASH_STEP = 4 << 20  # bytes
+_EDITED = "the manifest was edited, export again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +202,8 @@ class Manifest:
             raise BundleError(
                 f"{where}: format_version is {version!r}, this deepstitch reads {FORMAT_VERSION}; export again"
             )
-        return _parse(cls, raw, where)
+        manifest: Manifest = parse_record(cls, raw, where, _EDITED)
+        return manifest
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
@@ -224,60 +224,6 @@ class Manifest:
             raise BundleError(f"{folder}: not a bundle (no {MANIFEST_NAME}){hint}") from None
         except (NotADirectoryError, UnicodeDecodeError) as error:
             raise BundleError(f"{path}: cannot be read ({error})") from None
-
-
-def _parse(kind: Any, value: Any, where: str) -> Any:
-    """Build ``kind`` (a dataclass, container or scalar annotation) from parsed JSON."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        options = [option for option in arguments if option is not type(None)]
-        chosen = next((option for option in options if isinstance(option, type) and type(value) is option), options[0])
-        return _parse(chosen, value, where)
-    if dataclasses.is_dataclass(kind):
-        return _parse_dataclass(kind, value, where)
-    if origin is tuple:
-        _expect(list, value, where)
-        element = arguments[0] if arguments[-1] is Ellipsis else None
-        if element is None and len(value) != len(arguments):
-            raise BundleError(
-                f"{where}: expected {len(arguments)} entries, found {len(value)}; the manifest was edited"
-            )
-        kinds = [element] * len(value) if element is not None else arguments
-        return tuple(
-            _parse(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(zip(kinds, value, strict=True))
-        )
-    if origin is dict:
-        _expect(dict, value, where)
-        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and type(value) is int:
-        value = float(value)
-    _expect(kind, value, where)
-    return value
-
-
-def _expect(kind: type, value: Any, where: str) -> None:
-    if type(value) is not kind:
-        raise BundleError(f"{where}: expected {kind.__name__}, found {value!r}; the manifest was edited, export again")
-
-
-def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
-    _expect(dict, value, where)
-    hints = typing.get_type_hints(kind)
-    for key in value:
-        if key not in hints:
-            raise BundleError(
-                f"{where}: unknown entry '{key}'{did_you_mean(key, hints)}; the manifest was edited, export again"
-            )
-    required = {
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    for key in sorted(required - set(value)):
-        raise BundleError(f"{where}: entry '{key}' is missing; the manifest was edited, export again")
-    return kind(**{key: _parse(hints[key], item, f"{where}.{key}") for key, item in value.items()})
 
 
 def file_sha256(path: str | Path, progress: Callable[[int], object] | None = None, *, past_cache: bool = False) -> str:

@@ -1,18 +1,25 @@
-"""``deepstitch build``: would a bundle become TensorRT engines, and would they fit the card?"""
+"""``deepstitch build``: TensorRT engines from a bundle, checked and planned first."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
+import shlex
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from deepstitch.commands.build_report import built_lines, check_lines, plan_refusal
+
 if TYPE_CHECKING:
-    from deepstitch.export.tensorrt import BuildCheck, Subject
-    from deepstitch.export.tensorrt.check import GraphCheck
-    from deepstitch.export.tensorrt.memory_plan import MemoryPlan
+    from types import ModuleType
+
+    from deepstitch.export.tensorrt import BuildCheck, Limits, Subject
+    from deepstitch.export.tensorrt.build_machine import BuildMachine
 
 __all__ = ["command"]
 
@@ -21,27 +28,38 @@ _COUNT = click.IntRange(min=1)
 
 @click.command("build")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="BUNDLE|CHECKPOINT")
-@click.option("--target", required=True, metavar="TARGET", help="Which TensorRT: trt8, which is 8.6.")
+@click.option("--target", required=True, metavar="TARGET", help="Which TensorRT: trt8 (8.6) or trt10 (10 and 11).")
 @click.option("--check", is_flag=True, help="Check the graphs and plan the memory; needs no TensorRT and no GPU.")
-@click.option("--sm", type=int, default=61, help="Compute capability of the card, without the dot.")
+@click.option(
+    "--sm",
+    type=int,
+    help="Compute capability of the card, without the dot.  [default: the card's, or the oldest]",
+)
 @click.option("--memory", metavar="SIZE", help="What the card has, as 2GB.  [default: what is free on the card here]")
-@click.option("--plugins", type=click.Path(path_type=Path), help="Plugin library to ask too; see 'deepstitch plugins'.")
+@click.option(
+    "--plugins",
+    type=click.Path(path_type=Path),
+    help="The plugin library.  [default: that in this folder, if it is needed]",
+)
 @click.option("--images", type=_COUNT, default=1, help="Pictures in one call of the vision encoder.")
 @click.option("--image-patches", type=_COUNT, default=4096, help="Patches of a picture; 4096 are 1024x1024 pixels.")
 @click.option("--max-context", type=_COUNT, help="Tokens per row, prompt and answer.  [default: 4096, or the model's]")
 @click.option("--batch", type=_COUNT, default=1, help="Rows that run together.")
 @click.option("--prefill-chunk", type=_COUNT, default=512, help="Prompt tokens per decoder call.")
+@click.option("--logits", type=_COUNT, default=1, help="Of how many tokens of a chunk one call gives logits.")
 @click.option("--weights", metavar="KIND", help="Of a CHECKPOINT: as 'deepstitch export' would store them.")
 @click.option("--vision-weights", metavar="KIND", help="Likewise for the vision encoder.")
 @click.option("--kv-cache", metavar="KIND", help="Likewise for keys and values: fp32 or fp16.")
+@click.option("--timing-cache", type=click.Path(path_type=Path), help="To begin with.  [default: of the last build]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the report.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
 @click.pass_context
 def command(
     ctx: click.Context,
     folder: Path,
     target: str,
     check: bool,
-    sm: int,
+    sm: int | None,
     memory: str | None,
     plugins: Path | None,
     images: int,
@@ -49,63 +67,139 @@ def command(
     max_context: int | None,
     batch: int,
     prefill_chunk: int,
+    logits: int,
     weights: str | None,
     vision_weights: str | None,
     kv_cache: str | None,
+    timing_cache: Path | None,
     as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Check that a bundle becomes TensorRT engines, and plan their memory.
+    """Build TensorRT engines from a bundle, for the card and the TensorRT that are here.
 
-    Every node must be an operator of TensorRT's ONNX parser, in a form it gets right, or a plugin with the attributes
-    its creator takes; the sizes of all tensors are followed at the smallest, usual and largest inputs. A CHECKPOINT is
-    checked as it would be exported, without reading its weights. The exit code is 1 if a graph or the plugin
-    library has a problem, 2 if the memory does not suffice. Engines are not built yet: --check is all there is.
+    They lie in the bundle, in engines/sm61-tensorrt8.6.1 for example, with the plugin library and a record of all they
+    depend on; engines of the same card and TensorRT that were there are replaced.
+
+    First the bundle is checked, and with --check that is all. Every node must be an operator of TensorRT's ONNX
+    parser, in a form it gets right, or a plugin with the attributes its creator takes; the sizes of all tensors are
+    followed at the smallest, usual and largest inputs, and the memory is planned. For the check a CHECKPOINT will do:
+    it is checked as it would be exported, without reading its weights. The exit code is 1 if a graph or the plugin
+    library has a problem, 2 if the memory does not suffice.
 
     \b
+    deepstitch build qwen3-vl-2b --target trt8 --plugins libdeepstitch_plugins_trt8.so --max-context 2048
     deepstitch build qwen3-vl-2b --target trt8 --check --memory 2GB --max-context 2048
     deepstitch build Qwen3-VL-30B-A3B-Instruct --target trt8 --check --weights int4 --memory 24GB
     """
-    from deepstitch.errors import InputError, MissingDependency
-
-    if not check:
-        _refuse_to_build()
-    try:
-        from deepstitch.export.tensorrt import Limits, check_build, memory_of_card, parse_memory, parser_of
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("deepstitch"):
-            raise
-        raise MissingDependency(str(error.name), "export", "deepstitch build") from None
-
-    parser_of(target)
-    available = (parse_memory(memory), f"--memory {memory}") if memory else memory_of_card()
-    stored = {"weights": weights, "vision_weights": vision_weights, "kv_cache": kv_cache}
-    subject = _subject(folder, target, stored)
+    tools = _tools()
+    oldest = tools.default_sm(target)
+    available = (tools.parse_memory(memory), f"--memory {memory}") if memory else None
+    if ctx.find_root().params.get("debug"):
+        ctx.with_resource(_shown_log())
+    machine = None if check else _machine(folder, target, sm)
+    subject = _subject(folder, target, {"weights": weights, "vision_weights": vision_weights, "kv_cache": kv_cache})
     context = max_context or min(4096, subject.context)
-    limits = Limits(
+    limits = tools.Limits(
         images=images,
         image_patches=image_patches,
         max_context=context,
         batch=batch,
         prefill_chunk=min(prefill_chunk, context),
+        logits=logits,
     )
-    found = check_build(subject, limits, sm, available, plugins)
-    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(_report(found)))
+    if machine is None:
+        found = tools.check_build(subject, limits, sm or oldest, available or tools.memory_of_card(), plugins)
+        _settle(ctx, found, as_json=as_json, shown=True)
+        return
+    library = machine.library(plugins, subject.graphs.values())
+    available = available or (machine.free_bytes, machine.card)
+    found = tools.check_build(subject, limits, machine.sm, available, library[0] if library else None)
+    _settle(ctx, found, as_json=as_json, shown=not as_json)
+
+    from deepstitch.export.tensorrt.builder import BuildOrder, build_engines
+
+    words = _words(folder, target, limits)
+    order = BuildOrder(
+        bundle=folder, check=found, library=library, timing_cache=timing_cache, command=words, progress=not quiet
+    )
+    built = build_engines(order, machine)
+    if as_json:
+        click.echo(json.dumps(found.to_dict() | {"engines": built.to_dict()}, indent=1))
+    else:
+        click.echo("\n".join(["", *built_lines(built)]))
+
+
+def _tools() -> ModuleType:
+    from deepstitch.errors import MissingDependency
+
+    try:
+        from deepstitch.export import tensorrt
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("deepstitch"):
+            raise
+        raise MissingDependency(str(error.name), "export", "deepstitch build") from None
+    return tensorrt
+
+
+def _settle(ctx: click.Context, found: BuildCheck, *, as_json: bool, shown: bool) -> None:
+    """Show what a check found, always if something is wrong, and end there if so.
+
+    Raises:
+        InputError: the memory does not suffice.
+    """
+    from deepstitch.errors import InputError
+
+    too_large = found.plan is not None and found.plan.fits is False
+    if shown or not found.passed or too_large:
+        click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(check_lines(found)))
     if not found.passed:
         ctx.exit(1)
-    if found.plan is not None and found.plan.fits is False:
-        raise InputError(_refusal(found.plan))
+    if found.plan is not None and too_large:
+        raise InputError(plan_refusal(found.plan))
 
 
-def _refuse_to_build() -> None:
-    import importlib.util
+@contextmanager
+def _shown_log() -> Iterator[None]:
+    """What TensorRT says, on stderr."""
+    log, handler = logging.getLogger("deepstitch.tensorrt"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("TensorRT: %(message)s"))
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
-    from deepstitch.errors import UnsupportedError
 
-    missing = [] if importlib.util.find_spec("tensorrt") else ["the Python package tensorrt (8.6)"]
-    missing.append("a builder in this version of deepstitch")
-    raise UnsupportedError(
-        f"engines cannot be built here: {' and '.join(missing)} missing; check and plan with --check"
-    )
+def _machine(folder: Path, target: str, sm: int | None) -> BuildMachine:
+    """The card and the TensorRT that are here.
+
+    Raises:
+        DeepstitchError: one of them is missing, or does not fit.
+    """
+    from deepstitch.errors import DeepstitchError, InputError
+    from deepstitch.export.tensorrt.build_machine import BuildMachine
+    from deepstitch.manifest import MANIFEST_NAME
+
+    if (folder / "config.json").is_file() and not (folder / MANIFEST_NAME).is_file():
+        raise InputError(
+            f"{folder} is a checkpoint; engines are built from a bundle: 'deepstitch export {folder} --target {target} "
+            "-o BUNDLE' first, or check it with --check"
+        )
+    try:
+        return BuildMachine.find(target, sm)
+    except DeepstitchError as error:
+        raise type(error)(f"{error} (--check needs neither a card nor TensorRT)") from None
+
+
+def _words(folder: Path, target: str, limits: Limits) -> str:
+    """The equivalent command line; the folder by its name only, because a bundle travels."""
+    words = ["deepstitch", "build", folder.resolve().name, "--target", target]
+    for name, value in dataclasses.asdict(limits).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
 def _subject(folder: Path, target: str, stored: dict[str, str | None]) -> Subject:
@@ -121,59 +215,3 @@ def _subject(folder: Path, target: str, stored: dict[str, str | None]) -> Subjec
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(f"{flags}: in a bundle that is decided; leave it out, or give the checkpoint")
     return Subject.from_bundle(folder, target)
-
-
-def _report(found: BuildCheck) -> Iterator[str]:
-    subject, limits = found.subject, found.limits
-    vision = f", vision {subject.vision_weights}" if subject.vision_weights else ""
-    yield f"{subject.name}: target {subject.target}, weights {subject.weights}{vision}, sm_{found.sm}"
-    pictures = f"{limits.images} x {limits.image_patches:,} patches, " if subject.merge_size else ""
-    yield (
-        f"  up to {pictures}{limits.max_context:,} tokens, {limits.batch} rows, chunks of {limits.prefill_chunk:,}; "
-        f"parser {found.parser}"
-    )
-    for graph in found.graphs:
-        yield ""
-        yield from _graph_lines(graph)
-    yield ""
-    if found.library is not None:
-        yield from (f"PROBLEM plugin library: {each}" for each in found.library)
-        yield from () if found.library else ("plugin library: as the graphs need it",)
-    if found.plan is None:
-        yield "no memory plan: the sizes of some tensors could not be followed"
-    else:
-        yield from _plan_lines(found.plan)
-
-
-def _graph_lines(graph: GraphCheck) -> Iterator[str]:
-    plugins = ", ".join(f"{name} {count}" for name, count in graph.plugins.items()) or "none"
-    yield f"{graph.name}: {graph.nodes:,} nodes, {len(graph.operators)} operators, plugins: {plugins}"
-    yield f"  sizes followed at {', '.join(graph.corners) or 'no corner'}"
-    for each in graph.problems:
-        times = f" ({each.count} times)" if each.count > 1 else ""
-        yield f"  PROBLEM {each.operator}: {each.message}{times}; first: {each.node or 'a node without a name'}"
-    if not graph.problems:
-        yield "  every node is the parser's or a plugin's"
-
-
-def _plan_lines(plan: MemoryPlan) -> Iterator[str]:
-    from deepstitch.export.tensorrt.advice import readable
-
-    yield "memory on the card"
-    for item in plan.items:
-        yield f"  {item.name:<19}{readable(item.nbytes):>10}  {item.basis}"
-    yield f"  {'total':<19}{readable(plan.total_bytes):>10}"
-    if plan.available is None:
-        yield "  there is no card here; say what yours has with --memory"
-        return
-    yield f"  {'there are':<19}{readable(plan.available):>10}  {plan.source}"
-    spare = plan.available - plan.total_bytes
-    yield f"  fits, {readable(spare)} to spare" if plan.fits else f"  {readable(-spare)} too much"
-    yield from (f"  what helps: {each}" for each in plan.advice)
-
-
-def _refusal(plan: MemoryPlan) -> str:
-    from deepstitch.export.tensorrt.advice import readable
-
-    needed, available = readable(plan.total_bytes), readable(plan.available or 0)
-    return f"the plan takes {needed}, there are {available} ({plan.source}); what helps: {'; or '.join(plan.advice)}"

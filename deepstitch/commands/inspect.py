@@ -70,6 +70,9 @@ def _report(found: Inspection) -> Iterable[str]:
     yield ""
     yield from _table(["file", "size", "status"], [[f.name, _size(f.size), f.status] for f in found.files])
     yield ""
+    if found.engines:
+        yield from _engines(found)
+        yield ""
     yield from _memory(found)
 
 
@@ -79,6 +82,14 @@ def _modules(found: Inspection) -> Iterable[str]:
         for m in found.modules
     ]
     yield from _table(["module", "tensors", "parameters", "on disk", "stored as"], rows)
+
+
+def _engines(found: Inspection) -> Iterable[str]:
+    rows = [
+        [e.name, _size(e.size), e.card, f"{e.limits.max_context:,} tokens, {e.limits.batch} rows" if e.limits else "",
+         e.status] for e in found.engines
+    ]  # fmt: skip
+    yield from _table(["engines", "size", "card", "up to", "status"], rows)
 
 
 def _contract(graph: dict[str, list[dict[str, object]]]) -> Iterable[str]:

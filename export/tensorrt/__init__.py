@@ -1,6 +1,6 @@
-"""TensorRT engines: what can be checked and planned before building, without TensorRT and without a GPU."""
+"""TensorRT engines: checked and planned without TensorRT and without a GPU, then built with both."""
 
-from deepstitch.export.tensorrt.build_check import BuildCheck, check_build, parser_of
+from deepstitch.export.tensorrt.build_check import BuildCheck, check_build, default_sm, parser_of
 from deepstitch.export.tensorrt.device import memory_of_card, parse_memory
 from deepstitch.export.tensorrt.profiles import Limits
 from deepstitch.export.tensorrt.subject import Stored, Subject
@@ -11,6 +11,7 @@ __all__ = [
     "Stored",
     "Subject",
     "check_build",
+    "default_sm",
     "memory_of_card",
     "parse_memory",
     "parser_of",

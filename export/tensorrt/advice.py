@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from deepstitch.export.contract import DECODER, VISION_ENCODER
 from deepstitch.export.kv_functions import KV_CACHES
 from deepstitch.export.passes.attention_to_plugin import ATTENTIONS
 from deepstitch.export.tensorrt.memory_plan import Choice, Planner, weights_kinds
@@ -89,10 +90,11 @@ def _applied(choice: Choice, changes: list[Change]) -> Choice:
 def _storage(planner: Planner, choice: Choice) -> Iterator[list[Change]]:
     """Ways to store the same in fewer bytes; each from its mildest step on."""
     found = planner.footprints(choice.limits)
-    ways = [_cache(choice)]
+    ways = [_cache(choice)] if "decode" in found else []
     if "vision" in found:
         ways.append(_stored("--vision-weights", "vision_weights", weights_kinds(found["vision"])))
-    ways.append(_stored("--weights", "weights", weights_kinds(found["decode"])))
+    if "decode" in found:
+        ways.append(_stored("--weights", "weights", weights_kinds(found["decode"])))
     yield from filter(None, map(list, ways))
 
 
@@ -100,12 +102,14 @@ def _smaller_limits(planner: Planner, choice: Choice) -> Iterator[list[Change]]:
     """Ways to ask for less, the mildest first; each from its mildest step on."""
     limits = choice.limits
     contexts = range((limits.max_context - 1) // _CONTEXT_STEP * _CONTEXT_STEP, _LEAST_CONTEXT - 1, -_CONTEXT_STEP)
-    ways = [
-        _halved("--prefill-chunk", "prefill_chunk", limits, _LEAST_CHUNK),
-        _stepped("--batch", "batch", [1] if limits.batch > 1 else []),
-        _stepped("--max-context", "max_context", list(contexts)),
-    ]
-    if planner.subject.merge_size is not None:
+    ways = []
+    if DECODER in planner.subject.graphs:
+        ways = [
+            _halved("--prefill-chunk", "prefill_chunk", limits, _LEAST_CHUNK),
+            _stepped("--batch", "batch", [1] if limits.batch > 1 else []),
+            _stepped("--max-context", "max_context", list(contexts)),
+        ]
+    if VISION_ENCODER in planner.subject.graphs:
         ways[2:2] = [_stepped("--images", "images", [1] if limits.images > 1 else [])]
         ways.append(_halved("--image-patches", "image_patches", limits, _LEAST_PATCHES))
     yield from filter(None, map(list, ways))

@@ -16,11 +16,15 @@ from deepstitch.export.tensorrt.plugin_library import library_problems
 from deepstitch.export.tensorrt.profiles import Limits, Profile, profiles
 from deepstitch.export.tensorrt.subject import Subject
 
-__all__ = ["PARSERS", "SMS", "BuildCheck", "check_build", "parser_of"]
+__all__ = ["PARSERS", "SMS", "BuildCheck", "check_build", "default_sm", "parser_of"]
 
-PARSERS: Mapping[str, str] = {"trt8": "8.6"}  # target: parser version
-# Compute capabilities TensorRT 8.6 has code for; not 6.0, which has no dp4a for the plugins.
-SMS = (61, 70, 72, 75, 80, 86, 87, 89, 90)
+PARSERS: Mapping[str, str] = {"trt8": "8.6", "trt10": "10.0"}  # target: its oldest parser
+# Compute capabilities. Of 8.6 those it has code for, but not 6.0, which has no dp4a for the plugins; of 10 and 11 those
+# from 7.5 on: which release has which of them, its support matrix says.
+SMS: Mapping[str, tuple[int, ...]] = {
+    "trt8": (61, 70, 72, 75, 80, 86, 87, 89, 90),
+    "trt10": (75, 80, 86, 87, 89, 90, 100, 101, 103, 110, 120, 121),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +91,16 @@ def parser_of(target: str) -> str:
     return PARSERS[target]
 
 
+def default_sm(target: str) -> int:
+    """The oldest card of a target, for which a plan is the most careful one.
+
+    Raises:
+        UnsupportedError: no such target.
+    """
+    parser_of(target)
+    return SMS[target][0]
+
+
 def check_build(
     subject: Subject, limits: Limits, sm: int, memory: tuple[int, str] | None, library: Path | None = None
 ) -> BuildCheck:
@@ -103,12 +117,13 @@ def check_build(
         UnsupportedError: TensorRT has no code for the card.
         InputError: limits the model cannot have.
     """
-    if sm not in SMS:
-        known = ", ".join(map(str, SMS))
-        raise UnsupportedError(f"--sm {sm}: TensorRT {parser_of(subject.target)} and the plugins run on {known}")
+    parser = parser_of(subject.target)
+    if sm not in SMS[subject.target]:
+        known = ", ".join(map(str, SMS[subject.target]))
+        raise UnsupportedError(f"--sm {sm}: --target {subject.target} is for {known}")
     limits.check(merge_size=subject.merge_size, context=subject.context)
-    table = ParserTable.load(parser_of(subject.target))
-    found = profiles(limits, subject.merge_size)
+    table = ParserTable.load(parser)
+    found = profiles(limits, subject.merge_size, subject.graphs)
     graphs = tuple(
         check_graph(name, model, subject.contracts[name], found, table) for name, model in subject.graphs.items()
     )

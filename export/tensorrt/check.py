@@ -18,13 +18,8 @@ from deepstitch.plugins.common.schema import DOMAIN, PluginError
 
 __all__ = ["GraphCheck", "Problem", "check_graph"]
 
-_MAX_ELEMENTS = 2**31 - 1  # of one tensor, NvInfer.h of 8.6
+_MAX_ELEMENTS = 2**31 - 1  # of one tensor, NvInfer.h of 8.6 and 10.0
 _MAX_RANK = 8
-_STORED = ("float32", "float16", "int32", "bool")
-_NO_INITIALIZER = {
-    "int8": "becomes a quantized tensor, which drags in calibration; pack four values into an int32",
-    "uint8": "becomes int32, four times the memory; pack four values into an int32",
-}
 
 _Said = tuple[str, str, str]  # operator, message, node
 
@@ -129,8 +124,8 @@ def _model_problems(model: onnx.ModelProto, propagation: Propagation, table: Par
         yield "model", f"local functions ({names}); the parser does not look into them", model.graph.name
     for tensor in model.graph.initializer:
         dtype = dtype_name(tensor.data_type)
-        if dtype not in _STORED and dtype not in table.narrowed:
-            reason = _NO_INITIALIZER.get(dtype, "is no type of this TensorRT")
+        if dtype not in table.stored:
+            reason = table.not_stored.get(dtype, "is no type of this TensorRT")
             yield "initializer", f"{dtype} {reason}", tensor.name
 
 
@@ -177,7 +172,7 @@ def _node_problems(
         yield f"its domain {node.domain} is neither ONNX nor {DOMAIN}"
     else:
         yield from table.problems(_with_tensors(node, tensors.by_name, propagation))
-        yield from _schema_problems(node, propagation.opset)
+        yield from _schema_problems(node, propagation.opset, tensors.by_name)
 
 
 def _plugin_problems(node: onnx.NodeProto, table: ParserTable) -> Iterator[str]:
@@ -190,7 +185,7 @@ def _plugin_problems(node: onnx.NodeProto, table: ParserTable) -> Iterator[str]:
         yield str(error)
 
 
-def _schema_problems(node: onnx.NodeProto, opset: int) -> Iterator[str]:
+def _schema_problems(node: onnx.NodeProto, opset: int, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     try:
         schema = onnx.defs.get_schema(node.op_type, opset)
     except onnx.defs.SchemaError:
@@ -200,6 +195,20 @@ def _schema_problems(node: onnx.NodeProto, opset: int) -> Iterator[str]:
         yield f"opset {opset} has no attribute {list_names(unknown)}"
     if len(node.input) > schema.max_input:
         yield f"{len(node.input)} inputs; opset {opset} has {schema.max_input}"
+    else:
+        yield from _mixed_types(node, schema, tensors)
+
+
+def _mixed_types(node: onnx.NodeProto, schema: onnx.defs.OpSchema, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Inputs of several types where ONNX wants one: nothing is converted on the way."""
+    found: dict[str, str] = {}
+    for place, name in enumerate(node.input):
+        formal = schema.inputs[min(place, len(schema.inputs) - 1)]
+        letter = formal.type_str if formal.is_homogeneous and "(" not in formal.type_str else ""
+        if letter and name in tensors:
+            first = found.setdefault(letter, tensors[name].dtype)
+            if tensors[name].dtype != first:
+                yield f"input {place} is {tensors[name].dtype} where the others are {first}; cast it"
 
 
 def _with_tensors(node: onnx.NodeProto, tensors: Mapping[str, Tensor], propagation: Propagation) -> Node:

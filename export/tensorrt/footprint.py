@@ -15,14 +15,14 @@ from deepstitch.plugins.common.schema import PluginError
 
 __all__ = ["Footprint", "Matrices", "footprint", "is_cache", "writes_cache_in_place"]
 
-# As TensorRT 8.6 holds them: no 64-bit types, and bytes of weights become int32.
+# As TensorRT holds them: bytes of weights become int32. 8.6 makes int32 of int64 too; there is never much of it.
 _BYTES: Mapping[str, int] = {
     "float32": 4,
     "float16": 2,
     "int32": 4,
     "int8": 1,
     "bool": 1,
-    "int64": 4,
+    "int64": 8,
     "float64": 4,
     "uint8": 4,
 }
@@ -123,17 +123,31 @@ def _plugins(
 
 def _kept_constants(graph: onnx.GraphProto, known: Mapping[str, Tensor]) -> set[str]:
     """Constants that a node reads which cannot be computed in advance."""
-    kept = set()
+    kept, halves = set(), _fused_halves(graph, known)
     for node in graph.node:
         if not all(name in known and known[name].constant for name in node.output if name):
-            kept |= {name for name in node.input if name in known and known[name].constant}
+            kept |= {halves.get(name, name) for name in node.input if name in known and known[name].constant}
     return kept
+
+
+def _fused_halves(graph: onnx.GraphProto, known: Mapping[str, Tensor]) -> dict[str, str]:
+    """Matrices of fp16, by what is cast from them for a product of two such: a kernel reads them as they are."""
+    halves = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Cast" and node.input[0] in known and known[node.input[0]].dtype == "float16"
+    }
+    products = (
+        node for node in graph.node if node.op_type in ("MatMul", "Gemm") and set(node.input[:2]) <= halves.keys()
+    )
+    return {node.input[1]: halves[node.input[1]] for node in products}
 
 
 def _matrices(
     graph: onnx.GraphProto, known: Mapping[str, Tensor], plugins: list[tuple[PluginNode, list[Typed], onnx.NodeProto]]
 ) -> Matrices:
     counted: dict[str, tuple[int, int]] = {}
+    halves = _fused_halves(graph, known)
     for plugin, _, node in plugins:
         numbers = _PER_WORD.get(plugin.attributes.get("weight_format", ""), 1)
         for spec, name in zip(plugin.inputs, node.input, strict=True):
@@ -142,7 +156,7 @@ def _matrices(
                 counted[name] = (values, _nbytes(known[name]))
     for node in graph.node:
         if node.op_type in ("MatMul", "Gemm") and node.domain in BUILT_IN_DOMAINS:
-            name = node.input[1]
+            name = halves.get(node.input[1], node.input[1])
             if name in known and known[name].constant:
                 counted[name] = (known[name].elements, _nbytes(known[name]))
     return Matrices(

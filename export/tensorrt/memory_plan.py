@@ -85,13 +85,13 @@ class Planner:
     def __init__(self, subject: Subject, propagations: Mapping[str, Propagation]) -> None:
         self.subject = subject
         self._propagations = propagations
-        self._in_place = writes_cache_in_place(subject.graphs[DECODER].graph)
+        self._in_place = DECODER in subject.graphs and writes_cache_in_place(subject.graphs[DECODER].graph)
         self._known: dict[tuple[Any, ...], Footprint] = {}
 
     def footprints(self, limits: Limits) -> dict[str, Footprint]:
         """Of every profile at its largest sizes, by the profile's name."""
         found = {}
-        for profile in profiles(limits, self.subject.merge_size):
+        for profile in profiles(limits, self.subject.merge_size, self.subject.graphs):
             sizes = profile.corners["max"]
             key = (profile.name, *sizes.items())
             if key not in self._known:
@@ -110,16 +110,19 @@ class Planner:
         found = self.footprints(choice.limits)
         each = list(found.values())
         busiest = max(found, key=lambda name: found[name].activations)
-        items = [Item(name="decoder weights", nbytes=_weights(found["decode"], choice.weights), basis=_WEIGHTS)]
+        items, edges = [], 0
+        if "decode" in found:  # of half a bundle there is one of the two
+            nbytes = _weights(found["decode"], choice.weights)
+            items.append(Item(name="decoder weights", nbytes=nbytes, basis=_WEIGHTS))
+            edges += max(found[name].edges for name in ("prefill", "decode"))
         if "vision" in found:
             nbytes = _weights(found["vision"], choice.vision_weights)
             items.append(Item(name="vision weights", nbytes=nbytes, basis=_WEIGHTS))
-        decoder_edges = max(found[name].edges for name in ("prefill", "decode"))
-        edges = decoder_edges + (found["vision"].edges if "vision" in found else 0)
+            edges += found["vision"].edges
         workspace = max(_LEAST_WORKSPACE, *(one.workspace for one in each))
         return (
             *items,
-            self._cache(choice),
+            *((self._cache(choice),) if "decode" in found else ()),
             Item(name="activations", nbytes=found[busiest].activations, basis=_ACTIVATIONS.format(busiest)),
             Item(name="workspace", nbytes=workspace, basis=_WORKSPACE),
             Item(name="inputs and outputs", nbytes=edges, basis="of the largest profiles, the KV cache left out"),

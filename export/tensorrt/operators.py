@@ -31,6 +31,7 @@ class OperatorRule:
         constants: inputs that must be known when the graph is parsed, by index: name for the message.
         zeros: likewise, and every value must be zero.
         ignored: attributes the parser passes over, with the value that changes nothing; None: they must be absent.
+        refused: attributes the parser does not take, whatever their value.
         values: attributes of which only some values are implemented.
         outputs: how many may be asked for.
         note: what is not checked.
@@ -42,6 +43,7 @@ class OperatorRule:
     constants: Mapping[str, str] = field(default_factory=dict)
     zeros: Mapping[str, str] = field(default_factory=dict)
     ignored: Mapping[str, Any] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
     values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     outputs: int | None = None
     note: str = ""
@@ -88,16 +90,22 @@ class ParserTable:
         source: where the operators and their types are listed.
         max_opset: newest ONNX opset it knows.
         narrowed: types it converts on the way in.
+        stored: types that initializers may have.
+        not_stored: what becomes of initializers of some other types.
         operators: rules by op type.
         unsupported: operators that are listed as missing.
+        later: those of them that a later version has, and which.
     """
 
     parser: str
     source: str
     max_opset: int
     narrowed: Mapping[str, str]
+    stored: frozenset[str]
+    not_stored: Mapping[str, str]
     operators: Mapping[str, OperatorRule]
     unsupported: frozenset[str]
+    later: Mapping[str, str]
 
     @classmethod
     @functools.cache
@@ -111,14 +119,18 @@ class ParserTable:
             max_opset=raw["max_opset"],
             narrowed=raw["narrowed"],
             operators={op: _rule(entry) for op, entry in raw["operators"].items()},
+            stored=frozenset(raw["stored"]),
+            not_stored=raw["not_stored"],
             unsupported=frozenset(raw["unsupported"]),
+            later=raw.get("later", {}),
         )
 
     def problems(self, node: Node) -> Iterator[str]:
         """What the parser does not do for a node of the standard domain."""
         op = node.proto.op_type
         if op in self.unsupported or op not in self.operators:
-            yield f"{self.parser} has no {op}{did_you_mean(op, self.operators)}"
+            hint = f"; {self.later[op]} has" if op in self.later else did_you_mean(op, self.operators)
+            yield f"{self.parser} has no {op}{hint}"
             return
         rule = self.operators[op]
         yield from self._type_problems(rule, node)
@@ -159,5 +171,7 @@ def _attribute_problems(rule: OperatorRule, node: Node) -> Iterator[str]:
     for name, value in node.attributes.items():
         if name in rule.ignored and (rule.ignored[name] is None or value != rule.ignored[name]):
             yield f"attribute {name} is passed over by the parser: the result would be another"
+        if name in rule.refused:
+            yield f"attribute {name} is refused by the parser"
         if name in rule.values and value not in rule.values[name]:
             yield f"attribute {name} is {value!r}; the parser knows {', '.join(map(str, rule.values[name]))}"

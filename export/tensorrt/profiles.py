@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
+from deepstitch.engine_manifest import Limits
 from deepstitch.errors import InputError
 from deepstitch.export.contract import DECODER, VISION_ENCODER
 from deepstitch.export.tensorrt.plugin_nodes import Typed
@@ -13,52 +14,6 @@ from deepstitch.manifest import TensorSpec
 __all__ = ["CORNERS", "Limits", "Profile", "profiles", "sizes_of"]
 
 CORNERS = ("min", "opt", "max")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """The largest inputs the engines are built for.
-
-    Attributes:
-        images: pictures of one call of the vision encoder.
-        image_patches: patches of one picture, before merging.
-        max_context: tokens a row of the KV cache holds.
-        batch: rows of the decoder.
-        prefill_chunk: new tokens of a row in one call.
-    """
-
-    images: int = 1
-    image_patches: int = 4096
-    max_context: int = 4096
-    batch: int = 1
-    prefill_chunk: int = 512
-
-    @property
-    def patches(self) -> int:
-        """Of one call of the vision encoder."""
-        return self.images * self.image_patches
-
-    def check(self, *, merge_size: int | None, context: int) -> None:
-        """Refuse what the model cannot have.
-
-        Args:
-            merge_size: patches on a side that become one token; None for a model without vision.
-            context: tokens the model allows.
-
-        Raises:
-            InputError: too long a context, or patches that cannot be merged.
-        """
-        if self.max_context > context:
-            raise InputError(f"--max-context {self.max_context} is more than the {context} tokens the model allows")
-        if self.prefill_chunk > self.max_context:
-            raise InputError(
-                f"--prefill-chunk {self.prefill_chunk} is more than --max-context {self.max_context}; a chunk must fit "
-                "into the cache"
-            )
-        if merge_size is not None and self.image_patches % merge_size**2:
-            raise InputError(
-                f"--image-patches {self.image_patches}: {merge_size**2} patches become one token; give a multiple"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,26 +31,30 @@ class Profile:
     corners: Mapping[str, Mapping[str, int]]
 
 
-def profiles(limits: Limits, merge_size: int | None) -> list[Profile]:
-    """The profiles the engines get: one for the vision encoder, two for the decoder.
+def profiles(
+    limits: Limits, merge_size: int | None, graphs: Container[str] = (VISION_ENCODER, DECODER)
+) -> list[Profile]:
+    """The profiles the engines get: one for the vision encoder, two for the decoder; half a bundle has some of them.
 
-    The decoder gives the logits of one token per row. Its DeepStack rows are all visual tokens of a call of the vision
-    encoder and the row of zeros. Capacity is that of the cache, which is allocated once; smaller ones are allowed.
+    The decoder's DeepStack rows are those of its call's own tokens, which may all be visual ones of any number of
+    pictures, and the row of zeros. Capacity is that of the cache, which is allocated once; smaller ones are allowed.
     """
     found = []
     if merge_size is not None:
         found.append(Profile(name="vision", graph=VISION_ENCODER, corners=_vision(limits, merge_size)))
-    rows = limits.patches // merge_size**2 + 1 if merge_size is not None else 1
-    chunk = {"B": (1, 1, limits.batch), "S": (1, limits.prefill_chunk, limits.prefill_chunk), "R": (1, rows, rows)}
+    tokens = limits.prefill_chunk
+    visual = (1, tokens + 1, limits.batch * tokens + 1) if merge_size is not None else (1, 1, 1)
+    chunk = {"B": (1, 1, limits.batch), "S": (1, tokens, tokens), "R": visual}
     token = {"B": (1, 1, limits.batch), "S": (1, 1, 1), "R": (1, 1, 1)}
-    cache = {"L": (1, 1, 1), "C": (1, limits.max_context, limits.max_context)}
-    for name, axes in (("prefill", chunk), ("decode", token)):
+    cache = {"C": (1, limits.max_context, limits.max_context)}
+    for name, axes, logits in (("prefill", chunk, limits.logits), ("decode", token, 1)):
+        sizes_by_axis = axes | cache | {"L": (1, 1, logits)}
         corners = {
-            corner: {axis: sizes[place] for axis, sizes in (axes | cache).items()}
+            corner: {axis: sizes[place] for axis, sizes in sizes_by_axis.items()}
             for place, corner in enumerate(CORNERS)
         }
         found.append(Profile(name=name, graph=DECODER, corners=corners))
-    return found
+    return [each for each in found if each.graph in graphs]
 
 
 def _vision(limits: Limits, merge_size: int) -> dict[str, dict[str, int]]:

@@ -116,5 +116,6 @@ WORKSPACES: Mapping[str, Callable[[PluginNode, Mapping[str, Typed]], int]] = Map
         "QuantizedLinear": _quantized_linear,
         "RMSNormRope": _none,
         "DeepStackAdd": _none,
+        "KVCacheAppend": _none,
     }
 )

@@ -14,9 +14,13 @@ import pytest
 from click.testing import CliRunner
 
 from deepstitch.cli import cli
+from deepstitch.engine_manifest import engine_folder
 from deepstitch.errors import CheckpointError, InputError
 from deepstitch.inspection import inspect
+from deepstitch.manifest import MANIFEST_NAME, file_sha256
 from deepstitch.memory_estimate import DecoderShape, Workload
+
+from .test_engine_manifest import MANIFEST
 
 FAMILIES = ("qwen3_vl_moe", "qwen3_vl", "qwen3_moe", "qwen3")
 
@@ -134,6 +138,36 @@ def test_bundle(sample_bundle: Callable[..., Path], sample_checkpoint: Path) -> 
     assert "other" not in {module.name for module in found.modules}
     assert set(found.graphs) == {"decoder", "vision_encoder"}
     assert len(found.memory) == 1 and found.memory[0].weights == "fp32"
+
+
+def test_engines_of_a_bundle(sample_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    bundle = shutil.copytree(sample_bundle("portable"), tmp_path / "bundle")
+    assert inspect(bundle).engines == ()
+    folder = engine_folder(bundle, 61, "8.6.1")
+    folder.mkdir(parents=True)
+    (folder / "decoder.plan").write_bytes(b"7 bytes")
+    digest = file_sha256(bundle / MANIFEST_NAME)
+    built = replace(MANIFEST, target="portable", bundle_sha256=digest)
+    built.write(folder / "engine.json")
+    (found,) = inspect(bundle).engines
+    assert (found.name, found.status, found.card, found.size) == (folder.name, "ok", "Tesla P40", 7)
+    said = CliRunner().invoke(cli, ["inspect", str(bundle)]).output
+    assert "sm61-tensorrt8.6.1" in said and "Tesla P40" in said and "2,048 tokens, 1 rows" in said
+    (folder / "decoder.plan").write_bytes(b"8 bytes!")
+    MANIFEST.write(folder / "engine.json")
+    (found,) = inspect(bundle).engines
+    for text in (
+        "they are of target trt8",
+        "is not the one they were built from",
+        "decoder.plan is missing, or not as",
+    ):
+        assert text in found.status
+    (folder / "engine.json").write_text("{", "utf-8")
+    (found,) = inspect(bundle).engines
+    assert "not valid JSON" in found.status
+    assert (
+        json.loads(CliRunner().invoke(cli, ["inspect", str(bundle), "--json"]).output)["engines"][0]["limits"] is None
+    )
 
 
 def test_damaged_bundle_is_reported(sample_bundle: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the parser of TensorRT 8.6 takes, node by node."""
+"""What the parsers of TensorRT 8.6 and 10.0 take, node by node."""
 
 from __future__ import annotations
 
@@ -56,6 +56,25 @@ BAD = {
     "another domain": ("y = com.microsoft.FusedGelu (x)", "domain com.microsoft is neither ONNX nor"),
     "two outputs": ("y, z = LayerNormalization (x, row)", "2 outputs are asked for"),
     "mode": ('y = Resize <mode = "cubic"> (x, none, sizes)', "attribute mode is 'cubic'"),
+    "mixed types": ("h = Cast <to = 10> (x)\n y = MatMul (h, x)", "input 1 is float32 where the others are float16"),
+    "mixed types, any number": ("h = Cast <to = 10> (x)\n y = Concat <axis = 0> (x, x, h)", "input 2 is float16 where"),
+}
+# What 8.6 does not take and 10.0 does: newer attributes, integers of 64 bits, parts of a shape
+GOOD_10 = {
+    "opset 20": ('y = Gelu <approximate = "tanh"> (x)', "has no Gelu"),
+    "parts of a shape": ("y = Shape <start = 1> (x)", "attribute start is passed over"),
+    "constant ints": ("y = Constant <value_ints = [1, 2]> ()", "attribute value_ints is passed over"),
+    "number of outputs": ("y, z = Split <num_outputs = 2> (x)", ""),
+    "axes as an input": ("y = ReduceMean (x, last)", ""),
+    "integers of 64 bits": ("one = Squeeze (last, first)\n y = Range (one, one, one)", ""),
+}
+BAD_10 = {
+    "missing": ("y = Compress (x, x)", "10.0-GA has no Compress"),
+    "later": ("y = RMSNormalization (x, row)", "10.0-GA has no RMSNormalization; 10.15 has"),
+    "types": ("y = Gelu (x64)\n x64 = Cast <to = 7> (x)", "input 0 is int64; Gelu takes float32, float16, bfloat16"),
+    "refused": ('y = ScatterND <reduction = "none"> (x, k, x)', "attribute reduction is refused by the parser"),
+    "axes that are computed": ("a = Identity (last)\n y = ReduceSum (x, a)", "input 1 (axes) must be an init"),
+    "types of a product": ("h = Cast <to = 10> (x)\n y = MatMul (h, x)", "input 1 is float32 where the others are"),
 }
 FRAME = """
 decoder (float[S, 64] x, int64[S] i, int32[S] j, int64[S, 1] k) => (float[S, 64] out)
@@ -72,6 +91,26 @@ def test_what_the_parser_gets_wrong(check: Check, name: str) -> None:
     nodes, text = BAD[name]
     header = HEADER.replace('"deepstitch', '"com.microsoft" : 1, "deepstitch')
     said = [each.message for each in check(FRAME.replace("NODES", nodes), header, S=5).problems]
+    assert any(text in message for message in said), said
+
+
+HEADER_10 = HEADER.replace('"" : 17', '"" : 20')
+
+
+@pytest.mark.parametrize("name", GOOD_10)
+def test_what_a_later_parser_takes(check: Check, name: str) -> None:
+    nodes, text = GOOD_10[name]
+    graph = FRAME.replace("NODES", nodes).replace("int8 point = {3}", "int64[1] first = {0}")
+    assert check(graph, HEADER_10, "10.0", S=5).problems == ()
+    said = [each.message for each in check(graph, HEADER_10, S=5).problems]
+    assert any(text in message for message in said) or not text, said
+
+
+@pytest.mark.parametrize("name", BAD_10)
+def test_what_a_later_parser_does_not_take(check: Check, name: str) -> None:
+    nodes, text = BAD_10[name]
+    header = HEADER.replace('"" : 17', '"" : 24') if name == "later" else HEADER_10
+    said = [each.message for each in check(FRAME.replace("NODES", nodes), header, "10.0", S=5).problems]
     assert any(text in message for message in said), said
 
 
@@ -181,8 +220,10 @@ def test_the_manifest_is_held_against_the_graph(check: Check) -> None:
     assert [each.message for each in found.problems] == ["inputs are not those of the manifest: x, z"]
 
 
-def test_the_table_and_our_operators() -> None:
-    table = ParserTable.load()
-    assert table.max_opset == 17 and table.source.endswith("release/8.6-GA/docs/operators.md")
-    assert len(table.operators) == 145 and len(table.unsupported) == 36
+@pytest.mark.parametrize(("version", "opset", "known", "missing"), [("8.6", 17, 145, 36), ("10.0", 20, 149, 52)])
+def test_the_tables_and_our_operators(version: str, opset: int, known: int, missing: int) -> None:
+    table = ParserTable.load(version)
+    assert table.max_opset == opset and table.source.endswith(f"release/{version}-GA/docs/operators.md")
+    assert len(table.operators) == known and len(table.unsupported) == missing
+    assert not table.operators.keys() & table.unsupported and table.later.keys() <= table.unsupported
     assert not set(OPS.values()) & (table.operators.keys() | table.unsupported)

@@ -208,7 +208,7 @@ def test_profiles_cover_their_limits() -> None:
     vision, prefill, decode = profiles(limits, merge_size=2)
     assert [vision.corners[corner]["P"] for corner in CORNERS] == [4, 64, 128]
     assert vision.corners["max"] == {"P": 128, "N+1": 33, "T": 32}
-    assert prefill.corners["max"] == {"B": 3, "S": 16, "R": 33, "L": 1, "C": 128}
+    assert prefill.corners["max"] == {"B": 3, "S": 16, "R": 49, "L": 1, "C": 128}
     assert decode.corners["opt"] == {"B": 1, "S": 1, "R": 1, "L": 1, "C": 128}
     for profile in (vision, prefill, decode):
         for axis in profile.corners["min"]:

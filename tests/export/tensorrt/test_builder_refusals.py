@@ -1,0 +1,238 @@
+"""What keeps engines from being built, and that nothing of them is left then."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from deepstitch.cli import EXIT_INTERRUPTED, main
+from deepstitch.errors import DeviceError, OutputError, UnsupportedError
+from deepstitch.export.tensorrt import build_machine
+from deepstitch.export.tensorrt.build_machine import BuildMachine
+from deepstitch.export.tensorrt.builder import BuildOrder, build_engines
+from deepstitch.export.tensorrt.timing_cache import TimingCache
+from deepstitch.models.checkpoint import Checkpoint
+from deepstitch.plugins.common.schema import PluginError
+from deepstitch.runtime.engine.tensorrt.api import TensorRT
+
+from ...fake_tensorrt.plugin_library import edited_library, stand_in_library
+from ..trt8_models import WIDE, fitting
+from .building import FLAGS, TRT8, TRT10, Ampere, Card, calls
+
+Checkpoints = Callable[..., Checkpoint]
+Export = Callable[..., Any]
+
+REFUSALS = {
+    "parse": "does not parse graph 'decoder' (node 0: Assertion failed",
+    "shape-tensor:logit_index": "takes input logit_index of graph 'decoder' for sizes, not for values",
+    "profile": "refuses the profile 'prefill' of graph 'decoder': without saying why",
+    "build": "Could not find any implementation",
+    "build-memory": "OutOfMemory (Requested size was 4194304 bytes.); the card's memory does not suffice for building",
+    "driver": "CUDA initialization failure with error: 35",
+}
+
+
+@pytest.mark.parametrize("failure", REFUSALS)
+def test_a_failure_leaves_nothing(
+    failure: str, order: BuildOrder, tensorrt: Callable[..., Any], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tensorrt(fail=failure):
+        with pytest.raises(DeviceError) as caught:
+            build_engines(order, BuildMachine.find("trt8", None))
+        assert REFUSALS[failure] in str(caught.value) and "\n" not in str(caught.value)
+    assert not (bundle / "engines").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+def test_a_full_disk(
+    code: int, order: BuildOrder, tensorrt: Callable[..., Any], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def full(path: Path, data: Any) -> int:
+        if path.name == "decoder.plan":
+            write(path, bytes(data)[:100])
+            raise OSError(code, os.strerror(code))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with tensorrt():
+        text = "Permission denied" if code == errno.EACCES else "the disk is full; make room, nothing was kept"
+        with pytest.raises(OutputError, match=text):
+            build_engines(order, BuildMachine.find("trt8", None))
+    assert not (bundle / "engines").exists()
+
+
+def test_too_small_a_disk_is_seen_before(
+    order: BuildOrder, tensorrt: Callable[..., Any], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(bundle)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with tensorrt() as module:
+        with pytest.raises(OutputError, match="of the disk are free; make room"):
+            build_engines(order, BuildMachine.find("trt8", None))
+        assert calls(module, "Builder.__init__") == []
+    assert not (bundle / "engines").exists()
+
+
+def test_ctrl_c_stops_the_builder(
+    exported: Callable[..., Path], library: Path, tensorrt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT 10 asks after each step; the exception must not go through it."""
+    from deepstitch.export.tensorrt.build_progress import Progress
+
+    steps = []
+
+    def pressed(progress: Progress) -> None:
+        steps.append(progress)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "step", pressed)
+    bundle = exported("trt10")
+    with tensorrt(TRT10, Ampere) as module:
+        words = ["build", str(bundle), "--target", "trt10", "--plugins", str(library), *FLAGS, "--quiet"]
+        assert main(words) == EXIT_INTERRUPTED
+        assert len(calls(module, "IBuilderConfig.progress_monitor=")) == len(steps) == 1, "it is told to stop"
+    assert not (bundle / "engines").exists()
+
+
+def test_ctrl_c_where_the_builder_does_not_ask(
+    bundle: Path, library: Path, tensorrt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT 8.6 builds to the end; then Python says that there was a Ctrl-C."""
+    monkeypatch.setattr(TimingCache, "take", lambda *_: _raise(KeyboardInterrupt()))
+    with tensorrt():
+        words = ["build", str(bundle), "--target", "trt8", "--plugins", str(library), *FLAGS, "--quiet"]
+        assert main(words) == EXIT_INTERRUPTED
+    assert not (bundle / "engines").exists()
+
+
+def test_graphs_that_tensorrt_reads_differently(
+    order: BuildOrder, tensorrt: Callable[..., Any], bundle: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    model = onnx.load(copy / "decoder.onnx", load_external_data=False)
+    del model.graph.output[0]
+    onnx.save(model, copy / "decoder.onnx")
+    with tensorrt(), pytest.raises(DeviceError, match="other inputs or outputs than the manifest has: logits"):
+        build_engines(dataclasses.replace(order, bundle=copy), BuildMachine.find("trt8", None))
+
+
+def test_no_driver_and_no_tensorrt(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["build", str(bundle), "--target", "trt8", *FLAGS]
+    monkeypatch.setattr(build_machine, "probe_driver", lambda: _raise(DeviceError("there is no NVIDIA driver here")))
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert "no NVIDIA driver" in said.err and "--check needs neither" in said.err and said.err.count("\n") == 1
+    monkeypatch.setattr(build_machine, "probe_driver", lambda: None)
+    monkeypatch.setattr(TensorRT, "load", lambda: _raise(UnsupportedError("NVIDIA's Python package is not installed")))
+    assert main(words) == 2
+    assert "is not installed" in capsys.readouterr().err and not (bundle / "engines").exists()
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("version", "card", "target", "sm", "text"),
+    [
+        (TRT10, Card, "trt8", None, "--target trt8 is for TensorRT 8, here is 10.13.3.9; install that (pip install"),
+        (TRT8, Ampere, "trt10", None, "--target trt10 is for TensorRT 10 and 11, here is 8.6.1"),
+        (TRT8, Ampere, "trt8", 61, "--sm 61: the card here, RTX A4000, has 86"),
+        (TRT10, Card, "trt10", None, "Tesla P40 has compute capability 61; --target trt10 is for 75, 80"),
+    ],
+)
+def test_what_does_not_go_together(
+    version: str, card: type[Card], target: str, sm: int | None, text: str, tensorrt: Callable[..., Any]
+) -> None:
+    with tensorrt(version, card), pytest.raises((DeviceError, UnsupportedError)) as caught:
+        BuildMachine.find(target, sm)
+    assert text in str(caught.value)
+
+
+def test_a_card_that_fails(tensorrt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with tensorrt(), pytest.raises(DeviceError, match="cuMemGetInfo_v2: CUDA error 999"):
+        monkeypatch.setattr(Card, "call", lambda *_: _raise(PluginError("cuMemGetInfo_v2: CUDA error 999")))
+        BuildMachine.find("trt8", None)
+
+
+def test_plugin_libraries_that_do_not_fit(
+    bundle: Path,
+    library: Path,
+    tensorrt: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "text.so"
+    text.write_text("no library")
+    later = edited_library(library, tmp_path / "later.so", {b"getPluginCreators": b"xxxPluginCreators"})
+    bare = edited_library(later, tmp_path / "bare.so", {b"getCreators": b"xxxCreators"})
+    newer = stand_in_library(tmp_path / "newer", sm=90)
+    expected: dict[Path | None, tuple[int, str]] = {
+        None: (2, "there is no libdeepstitch_plugins_trt8.so in this folder; build it with 'deepstitch plugins build"),
+        tmp_path / "none.so": (2, "No such file"),
+        text: (2, "is no shared library"),
+        later: (2, "is for another TensorRT than the 8.6.1 here; build it with"),
+        bare: (1, "it has no TensorRT adapters"),
+        newer: (1, "it has no code for sm_61"),
+    }
+    with tensorrt() as module:
+        for path, (code, words) in expected.items():
+            flags = [] if path is None else ["--plugins", str(path)]
+            assert main(["build", str(bundle), "--target", "trt8", *FLAGS, *flags]) == code, path
+            captured = capsys.readouterr()
+            assert words in (captured.err if code == 2 else captured.out), captured
+            assert code == 1 or captured.err.count("\n") == 1
+        assert calls(module, "Builder.__init__") == []
+        shutil.copy(library, tmp_path / "libdeepstitch_plugins_trt8.so")
+        assert main(["build", str(bundle), "--target", "trt8", *FLAGS, "--quiet"]) == 0
+        said = capsys.readouterr().out
+        assert "the same engine of 'decoder' by trtexec:" in said and "decoder.plan" in said
+
+
+def test_a_library_that_tensorrt_does_not_load(
+    order: BuildOrder, tensorrt: Callable[..., Any], bundle: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "libbroken.so"
+    broken.write_bytes(b"\x7fELF")
+    library = (broken, order.library[1])
+    with tensorrt(), pytest.raises(DeviceError, match="does not load the plugin library"):
+        build_engines(dataclasses.replace(order, library=library), BuildMachine.find("trt8", None))
+    assert not (bundle / "engines").exists()
+
+
+def test_too_little_memory_is_refused_before_building(
+    bundle: Path, library: Path, tensorrt: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Small(Card):
+        name, free = "GeForce MX150", 256 << 20
+
+    with tensorrt(card=Small) as module:
+        words = ["build", str(bundle), "--target", "trt8", "--plugins", str(library), *FLAGS]
+        assert main(words) == 2
+        captured = capsys.readouterr()
+        assert "(GeForce MX150); what helps:" in captured.err and captured.err.count("\n") == 1
+        assert main([*words, "--memory", "4GB", "--quiet"]) == 0, "the user knows better"
+        assert len(calls(module, "Builder.__init__")) == 2
+
+
+def test_a_checkpoint_is_no_bundle(
+    bundle: Path, checkpoints: Checkpoints, tensorrt: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = fitting(checkpoints, "qwen3_vl_moe", WIDE)
+    with tensorrt():
+        assert main(["build", str(checkpoint.folder), "--target", "trt8"]) == 2
+    assert "is a checkpoint; engines are built from a bundle: 'deepstitch export" in capsys.readouterr().err
