@@ -19,7 +19,7 @@ from deepstitch.errors import DeepstitchError, did_you_mean
 __all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "VERBS", "cli", "main"]
 
 # as one meets them
-VERBS = ("export", "build", "run", "chat", "encode-server", "language-server", "compare", "inspect", "plugins")
+VERBS = ("export", "build", "run", "chat", "split", "encode-server", "language-server", "compare", "inspect", "plugins")
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 EXIT_BUG = 70  # EX_SOFTWARE; Python's own 1 would read as a failed comparison
 

@@ -21,14 +21,19 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.argument("bundle", type=_FOLDER, metavar="DIR")
 @click.option(
     "--against",
-    type=click.Choice(["pytorch", "transformers", "portable"]),
-    default="pytorch",
-    help="The reference: our PyTorch model, Hugging Face's, or another bundle.",
+    type=click.Choice(["pytorch", "transformers", "portable", "definitions"]),
+    help="The reference: our PyTorch model, Hugging Face's, another bundle, or the bundle's own graphs with plugins by "
+    "the functions that define them.  [default: pytorch; definitions where --engine runs plugins]",
 )
 @click.option(
     "--checkpoint",
     type=_FOLDER,
     help="The checkpoint the bundle was exported from, if it is not where it was then.",
+)
+@click.option(
+    "--engine",
+    metavar="NAME",
+    help="What runs the bundle, such as tensorrt.  [default: ONNX Runtime on the CPU, plugins by their definitions]",
 )
 @click.option("--reference", type=_FOLDER, help="The bundle to compare with; --against portable needs it.")
 @click.option("--case", "cases", multiple=True, metavar="NAME", help="Run only this case; may be given several times.")
@@ -61,7 +66,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def command(
     bundle: Path,
-    against: str,
+    against: str | None,
+    engine: str | None,
     checkpoint: Path | None,
     reference: Path | None,
     cases: tuple[str, ...],
@@ -81,13 +87,14 @@ def command(
     \b
     deepstitch compare BUNDLE --html report.html
     deepstitch compare BUNDLE --against portable --reference PORTABLE_BUNDLE
+    deepstitch compare BUNDLE --engine tensorrt
     deepstitch compare BUNDLE --quality conversations.jsonl
     """
     from deepstitch.errors import ComparisonFailed, MissingDependency
     from deepstitch.export.compare.cases import select_cases
 
     try:
-        from deepstitch.export.compare.comparison import compare_bundle
+        from deepstitch.export.compare.comparison import compare_bundle, default_reference
     except ModuleNotFoundError as error:
         if str(error.name).startswith("deepstitch"):
             raise
@@ -102,12 +109,13 @@ def command(
         return
     found = compare_bundle(
         opened,
-        against=against,
+        against=against or default_reference(opened, engine),
         checkpoint=checkpoint,
         reference=reference,
         cases=select_cases(cases),
         settings=settings,
         expert_layout=expert_layout,
+        engine=engine,
         script=script,
         progress=not quiet,
     )

@@ -40,7 +40,7 @@ _SAMPLING_OPTIONS = (
     click.option("--speculate-ngram", type=int, default=3, help="Last tokens to look for in earlier text."),
 )
 _LOADING_OPTIONS = (
-    click.option("--engine", default="ort", help="What runs the graphs."),
+    click.option("--engine", help="ort, ort-cuda or tensorrt.  [default: the one for the bundle's target]"),
     click.option("--threads", type=int, help="Threads per operator.  [default: one per core]"),
     click.option("--packed-cache", is_flag=True, help="Map rearranged weights from a file: less memory, more disk."),
 )

@@ -89,6 +89,7 @@ def _ask_pair(
     """Start an encode and a language process for this one question."""
     from deepstitch.errors import OutputError
     from deepstitch.manifest import Manifest
+    from deepstitch.runtime.bundle import require_graphs
     from deepstitch.runtime.server import require_packages
 
     require_packages("--disaggregated")
@@ -98,7 +99,7 @@ def _ask_pair(
 
     if trace is not None and not trace.parent.is_dir():
         raise OutputError(f"{trace}: there is no folder {trace.parent}; make it first")
-    Manifest.read(bundle)
+    require_graphs(bundle, Manifest.read(bundle))
     request = chat_request(messages, images, videos, chosen, trace=trace is not None)
     with LocalPair(bundle, threads=threads, max_body_bytes=len(request)) as pair:
         stream = pair.stream(request)
@@ -114,7 +115,7 @@ def _check_loading(options: Mapping[str, Any]) -> None:
     """Two processes load a bundle in one way only."""
     from deepstitch.errors import InputError
 
-    if options["engine"] != "ort":
+    if options["engine"] not in (None, "ort"):
         raise InputError(f"--engine {options['engine']}: two processes run engine ort; leave --disaggregated out")
     if options["packed_cache"]:
         raise InputError("--packed-cache is for one process; leave it or --disaggregated out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from deepstitch.runtime.decode import DecoderState
 from deepstitch.runtime.embedding import EmbeddingTable, merge
 from deepstitch.runtime.encoder_cache import VisionFeatures
 from deepstitch.runtime.engine import Engine
+from deepstitch.runtime.engine.memory import to_host
 from deepstitch.runtime.preprocess import MRopeState, Prompt
 
 __all__ = ["Candidate"]
@@ -47,7 +49,7 @@ class Candidate:
             tokens = [self._turn(inputs, row, turn, features, ropes[row]) for row in range(count)]
             wanted = [range(len(each)) for each in tokens]
             for row, values in enumerate(state.prefill(tokens, wanted=wanted, chunk=inputs.case.chunk)):
-                embeddings[row].append(tokens[row].embeds[:])
+                embeddings[row].append(to_host(tokens[row].embeds[:]))
                 logits[row].append(values)
         decode = self._decode(inputs, state, ropes)
         return stages | gather(
@@ -59,9 +61,9 @@ class Candidate:
         if inputs.vision is None:
             return [], {}
         image_embeds, deepstack = self._engine.vision(inputs.vision)
-        cuts = np.cumsum(inputs.vision.tokens_per_item)[:-1]
-        pairs = zip(np.split(image_embeds, cuts), np.split(deepstack, cuts), strict=True)
-        return [VisionFeatures(*pair) for pair in pairs], vision_stages(image_embeds, deepstack)
+        bounds = np.cumsum([0, *inputs.vision.tokens_per_item]).tolist()
+        items = [VisionFeatures(image_embeds[low:high], deepstack[low:high]) for low, high in pairwise(bounds)]
+        return items, vision_stages(to_host(image_embeds), to_host(deepstack))
 
     def _turn(
         self, inputs: CaseInputs, row: int, turn: int, features: Sequence[VisionFeatures], rope: MRopeState

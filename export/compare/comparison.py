@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from deepstitch.errors import BundleError, InputError, UnsupportedError
+from deepstitch.export.compare.built_engines import only_engines
 from deepstitch.export.compare.candidate import Candidate
 from deepstitch.export.compare.cases import CASES, Case
 from deepstitch.export.compare.definition_engine import comparison_engine
@@ -25,11 +26,22 @@ from deepstitch.export.compare.stored_weights import compare_stored_weights
 from deepstitch.export.compare.tolerance import Tolerance
 from deepstitch.manifest import Manifest
 from deepstitch.runtime.bundle import Bundle
+from deepstitch.runtime.engine import open_engine
 from deepstitch.runtime.engine.ort import ORT_TARGETS
 
-__all__ = ["AGAINST", "checkpoint_of", "compare_bundle", "make_inputs", "measure", "reference_opener", "run_reference"]
+__all__ = [
+    "AGAINST",
+    "checkpoint_of",
+    "compare_bundle",
+    "default_reference",
+    "make_inputs",
+    "measure",
+    "reference_opener",
+    "run_reference",
+]
 
-AGAINST = ("pytorch", "transformers", "portable")
+AGAINST = ("pytorch", "transformers", "portable", "definitions")
+_GRAPHS = ("portable", "definitions")  # references that are graphs too, so that Polygraphy is asked for its verdict
 _SKIPPED = "does not apply: the model takes text only"
 
 
@@ -42,21 +54,26 @@ def compare_bundle(
     cases: Sequence[Case] = CASES,
     settings: Sequence[str] = (),
     expert_layout: str | None = None,
+    engine: str | None = None,
     script: Path | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Compare an opened bundle with its model.
 
-    The reference runs first and is gone before the bundle's graphs are loaded: they never share the memory.
+    The reference runs first and is gone before the bundle's graphs are loaded: they never share the memory. An engine
+    that was asked for is opened before it: whatever keeps it from running shall not be found out at the end.
 
     Args:
         bundle: what to compare.
-        against: ``pytorch`` and ``transformers`` read ``checkpoint``; ``portable`` reads ``reference``.
+        against: ``pytorch`` and ``transformers`` read ``checkpoint``; ``portable`` reads ``reference``; ``definitions``
+            runs the bundle's own graphs in ONNX Runtime, each plugin by the function that defines it.
         checkpoint: folder of the model the bundle was exported from; None takes the one the manifest remembers.
         reference: bundle folder of the same model.
         cases: which cases.
         settings: changed limits, ``NAME=VALUE``.
         expert_layout: layout of the experts in ``checkpoint``, where their shapes cannot tell.
+        engine: what runs the bundle, one of :data:`deepstitch.runtime.engine.ENGINES`; None: ONNX Runtime on the CPU,
+            plugins by their definitions.
         script: also write a Polygraphy script of this comparison here.
         progress: show bars on stderr, if it is a terminal.
 
@@ -65,34 +82,33 @@ def compare_bundle(
     """
     began = time.perf_counter()
     if script is not None and bundle.manifest.target not in ORT_TARGETS:
-        raise UnsupportedError(
-            f"--polygraphy-script: {bundle.folder} was exported for {bundle.manifest.target}; a script runs the "
-            "graphs as they are in ONNX Runtime, where there are no plugins; write that of a portable bundle"
-        )
+        only_engines(bundle.folder)  # the script runs them; refused before any work
     opener, others = reference_opener(bundle, against, checkpoint, reference, expert_layout)
     tolerance = Tolerance.for_bundles(bundle.manifest, *others).replace(settings)
     inputs, skipped = make_inputs(bundle, cases)
+    opened = Candidate(open_engine(engine, bundle)) if engine is not None else None
     expected = run_reference(opener, inputs, against, progress)
     if script is not None:
         from deepstitch.export.compare.polygraphy_script import write_script
 
         write_script(script, bundle, inputs, expected, tolerance)
-    polygraphy: dict[str, bool] = {}
     results: list[StageResult] = []
     if against == "pytorch":
         results += compare_stored_weights(bundle, checkpoint_of(bundle, checkpoint, "--against pytorch"), expert_layout)
-    with _candidate(bundle, through_polygraphy=against == "portable") as candidate:
-        pairs = tqdm(
-            zip(inputs, expected, strict=True),
-            desc="bundle",
-            total=len(inputs),
-            disable=None if progress else True,
-        )
-        for each, stages in pairs:
-            actual = candidate.run(each)
+    polygraphy: dict[str, bool] = {}
+    measured = 0
+    with _candidate(bundle, opened, through_polygraphy=against == "portable") as candidate:
+        bar = tqdm(inputs, desc="bundle", disable=None if progress else True)
+        for each, stages in zip(bar, expected, strict=True):
+            actual = _stages(candidate, each, skipped, may_skip=opened is not None)
+            if actual is None:
+                continue
+            measured += 1
             results += measure(each.case.name, actual, stages, tolerance)
-            if against == "portable":
+            if against in _GRAPHS:
                 polygraphy[each.case.name] = polygraphy_agrees(actual, stages, tolerance)
+    if not measured:
+        raise InputError(f"{bundle.folder}: no case fits the engine; {next(iter(skipped.values()))}")
     return Comparison(
         bundle=str(bundle.folder),
         target=bundle.manifest.target,
@@ -103,7 +119,25 @@ def compare_bundle(
         skipped=skipped,
         polygraphy=polygraphy,
         seconds=time.perf_counter() - began,
+        engine=engine,
     )
+
+
+def _stages(candidate: Candidate, inputs: CaseInputs, skipped: dict[str, str], *, may_skip: bool) -> Stages | None:
+    """What a bundle makes of a case; None where an engine was not built large enough for it, which is noted."""
+    try:
+        return candidate.run(inputs)
+    except InputError as error:
+        if not may_skip:
+            raise
+        skipped[inputs.case.name] = f"does not fit the engine: {error}"
+        return None
+
+
+def default_reference(bundle: Bundle, engine: str | None) -> str:
+    """What a bundle is compared with: the model, or what defines the plugins where an engine runs these."""
+    has_plugins = bundle.manifest.target not in ORT_TARGETS
+    return "definitions" if engine is not None and has_plugins else "pytorch"
 
 
 def make_inputs(bundle: Bundle, cases: Sequence[Case]) -> tuple[list[CaseInputs], dict[str, str]]:
@@ -126,10 +160,17 @@ def reference_opener(
     """Check what the reference needs; return how to load it, and its manifest if it is a bundle.
 
     Raises:
-        InputError: the checkpoint or the reference bundle was not given.
+        InputError: the checkpoint or the reference bundle was not given, or there are no plugins to be defined.
         UnsupportedError: the model does not fit into memory.
         BundleError: the reference bundle is damaged or of another model.
     """
+    if against == "definitions":
+        if bundle.manifest.target in ORT_TARGETS:
+            raise InputError(
+                f"--against definitions: {bundle.folder} was exported for {bundle.manifest.target} and has no plugins; "
+                "compare with --against pytorch"
+            )
+        return lambda: _polygraphy_candidate(bundle), ()
     if against == "portable":
         if reference is None:
             raise InputError("--against portable needs --reference BUNDLE, a bundle of the same model to compare with")
@@ -173,7 +214,10 @@ def measure(case: str, actual: Stages, expected: Stages, tolerance: Tolerance) -
 
 
 @contextlib.contextmanager
-def _candidate(bundle: Bundle, *, through_polygraphy: bool) -> Iterator[Candidate]:
+def _candidate(bundle: Bundle, opened: Candidate | None, *, through_polygraphy: bool) -> Iterator[Candidate]:
+    if opened is not None:
+        yield opened
+        return
     if not through_polygraphy:
         yield Candidate(comparison_engine(bundle))
         return

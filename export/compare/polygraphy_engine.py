@@ -14,10 +14,11 @@ from deepstitch.errors import MissingDependency
 from deepstitch.export.compare.stages import LOGIT_STAGES, Stages
 from deepstitch.export.compare.tolerance import Tolerance
 from deepstitch.runtime.bundle import DECODER, VISION_ENCODER, Bundle
-from deepstitch.runtime.engine import Array, BoundRun, GraphRunner
+from deepstitch.runtime.engine import Array, BoundRun, EngineLimits, GraphRunner, Tensor
+from deepstitch.runtime.engine.memory import HOST, Memory, to_host
 from deepstitch.runtime.preprocess import VisionBatch
 
-__all__ = ["PolygraphyEngine", "polygraphy_agrees", "require_polygraphy"]
+__all__ = ["PolygraphyEngine", "graph_session", "polygraphy_agrees", "require_polygraphy"]
 
 
 def require_polygraphy(purpose: str) -> None:
@@ -43,9 +44,10 @@ class PolygraphyGraph:
         """See :meth:`deepstitch.runtime.engine.GraphRunner.run`."""
         return dict(self._runner.infer(dict(inputs)))
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundRun:
+    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> BoundRun:
         """See :meth:`deepstitch.runtime.engine.GraphRunner.bind`; outputs are copied out of the runner's."""
-        return partial(self._run_bound, dict(inputs), dict(outputs))
+        on_host = ({name: to_host(each) for name, each in side.items()} for side in (inputs, outputs))
+        return partial(self._run_bound, *on_host)
 
     def _run_bound(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         results = self.run(inputs)
@@ -76,14 +78,28 @@ class PolygraphyEngine:
             stack.enter_context(G_LOGGER.verbosity(G_LOGGER.CRITICAL))  # it writes to stdout, which may be JSON
             graphs = {}
             for name in bundle.manifest.graphs:
-                runner = OnnxrtRunner(partial(_session, bundle, name), name=name)
+                runner = OnnxrtRunner(partial(graph_session, bundle, name), name=name)
                 graphs[name] = PolygraphyGraph(stack.enter_context(runner))
             yield cls(bundle, graphs)
+
+    def graph(self, name: str) -> GraphRunner:
+        """One graph by its name."""
+        return self._graphs[name]
 
     @property
     def decoder(self) -> GraphRunner:
         """The decoder graph."""
         return self._graphs[DECODER]
+
+    @property
+    def memory(self) -> Memory:
+        """That of the host."""
+        return HOST
+
+    @property
+    def limits(self) -> EngineLimits:
+        """Those of the model."""
+        return EngineLimits()
 
     def vision(self, batch: VisionBatch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """See :meth:`deepstitch.runtime.engine.Engine.vision`."""
@@ -91,8 +107,11 @@ class PolygraphyEngine:
         return outputs["image_embeds"], outputs["deepstack_embeds"]
 
 
-def _session(bundle: Bundle, name: str) -> Any:
-    """What Polygraphy's own loader makes, without warning in every call that caches are copied."""
+def graph_session(bundle: Bundle, name: str) -> Any:
+    """What Polygraphy's own loader makes, without warning in every call that caches are copied.
+
+    Plugins are the functions that define them.
+    """
     import onnxruntime
 
     from deepstitch.export.compare.definition_engine import definition_session

@@ -20,11 +20,12 @@ class Comparison:
 
     Attributes:
         bundle: folder compared.
-        against: ``pytorch``, ``transformers`` or ``portable``.
+        against: ``pytorch``, ``transformers``, ``portable`` or ``definitions``.
         results: one entry per case and stage, in the order they ran.
         skipped: why a case did not run, by its name.
         polygraphy: verdict of Polygraphy's comparator per case, where graphs were compared with graphs.
         seconds: of both sides together, loading included.
+        engine: that ran the bundle; None: ONNX Runtime on the CPU, where plugins are their definitions.
     """
 
     bundle: str
@@ -36,6 +37,7 @@ class Comparison:
     skipped: dict[str, str]
     polygraphy: dict[str, bool]
     seconds: float
+    engine: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -49,7 +51,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: an error that could not be measured is null."""
-        raw = {name: getattr(self, name) for name in ("bundle", "target", "weights", "against", "passed")}
+        raw = {name: getattr(self, name) for name in ("bundle", "target", "weights", "engine", "against", "passed")}
         return {
             **raw,
             "tolerance": dataclasses.asdict(self.tolerance),
@@ -91,7 +93,9 @@ def _argmax(result: StageResult) -> str:
 def table_lines(comparison: Comparison) -> Iterator[str]:
     """The whole report, for a screen."""
     yield f"{comparison.bundle} ({comparison.target}, {comparison.weights}) against {comparison.against}"
-    if comparison.target.startswith("trt"):
+    if comparison.engine is not None:
+        yield f"run by the engine {comparison.engine}"
+    elif comparison.target.startswith("trt"):
         yield "in ONNX Runtime: every plugin is computed by the function that defines it"
     header = ("case", "stage", "max abs", "max rel", "cosine", "argmax", "limit", "")
     rows = [header]

@@ -119,5 +119,5 @@ def _kinds(manifest: Manifest) -> set[str]:
     if not integers:
         return stored
     # dequantized and multiplied in float32, stored integers are as exact as stored floats
-    arithmetic = "fp32" if manifest.target == "portable" else "integer arithmetic"
+    arithmetic = "fp32" if manifest.target in ("portable", "ort-cuda") else "integer arithmetic"
     return (stored & _DEFAULTS.keys()) | {arithmetic}
