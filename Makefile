@@ -1,10 +1,12 @@
 # Two commands for a machine that has only Python (3.11 or later), pip and make:
 #   make demo   exports the sample model, compares it with PyTorch, asks it about a picture, prints the answer and the
 #               time of each stage
-#   make test   runs everything a change has to pass
-# One more, which downloads what is NVIDIA's:
-#   make test-tensorrt   holds the stand-in for TensorRT against NVIDIA's Python bindings; with TENSORRT_INCLUDE_DIR=<folder
-#                        of NvInferRuntime.h> also the plugins' adapters against those headers and TensorRT 8.6's library
+#   make test   linter, type checker, tests
+# Two more:
+#   make published       graphs of 30B-A3B and 235B-A22B, without their weights: could TensorRT engines be built? CI runs it too
+#   make test-tensorrt   downloads NVIDIA's Python bindings and holds the stand-in for TensorRT against them; with
+#                        TENSORRT_INCLUDE_DIR=<folder of NvInferRuntime.h> also the plugins' adapters against those
+#                        headers and TensorRT 8.6's library
 # All create .venv and install what they need; a second call starts at once.
 
 PYTHON ?= python3
@@ -25,7 +27,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint typecheck pytest test-tensorrt clean
+.PHONY: demo test lint typecheck pytest published test-tensorrt clean
 
 demo: $(VENV)/export-installed
 	rm -rf demo
@@ -47,6 +49,9 @@ typecheck: $(VENV)/dev-installed
 
 pytest: $(VENV)/dev-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+published: $(VENV)/dev-installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m published -n 2 --dist loadfile
 
 test-tensorrt: $(VENV)/dev-installed $(VENV)/tensorrt-bindings \
 		$(if $(TENSORRT_INCLUDE_DIR),$(TENSORRT_LIBRARY_DIR)/libnvinfer.so.8)

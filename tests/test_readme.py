@@ -14,18 +14,18 @@ import pytest
 
 from deepstitch.cli import VERBS
 
-BLOCK = re.compile(r"^(<!-- tested -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(?:<!-- (tested|tested, slow) -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
 VARIABLE = re.compile(r"^(PICTURE|QUESTION) := (.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block; ``tested`` where the line above it says so."""
+    """One fenced block; ``mark`` is what the line above it says: ``tested``, ``tested, slow`` or nothing."""
 
     language: str
     code: str
-    tested: bool
+    mark: str
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +34,22 @@ def readme(repository: Path) -> str:
 
 
 def blocks(text: str) -> list[Block]:
-    return [Block(language, code, bool(mark)) for mark, language, code in BLOCK.findall(text)]
+    return [Block(language, code, mark) for mark, language, code in BLOCK.findall(text)]
 
 
 def test_every_fence_is_seen(readme: str) -> None:
     assert readme.count("```") == 2 * len(blocks(readme))
 
 
-def test_marked_blocks_run(readme: str, repository: Path, sample_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_marked_blocks_run(readme: str, repository: Path, sample_checkpoint: Path, tmp_path: Path, slow: bool) -> None:
     """In one folder, one after the other, as a reader would type them at the top of the repository."""
     del sample_checkpoint  # asked for so that a tree without it skips
     (tmp_path / "models").symlink_to(repository / "models")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     commands = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
-    tested = [block for block in blocks(readme) if block.tested]
+    marks = ("tested", "tested, slow") if slow else ("tested",)
+    tested = [block for block in blocks(readme) if block.mark in marks]
     assert {block.language for block in tested} == {"bash", "python"}
     for block in tested:
         finished = subprocess.run(

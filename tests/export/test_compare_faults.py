@@ -61,6 +61,7 @@ class SpoiledDecoder:
     def __init__(self, engine: Engine, spoil: Callable[[dict[str, np.ndarray]], None]) -> None:
         self._engine, self._spoil = engine, spoil
         self.bundle, self.vision, self.decoder = engine.bundle, engine.vision, self
+        self.memory, self.limits = engine.memory, engine.limits
 
     def bind(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> Callable[[], None]:
         copies = {name: array.copy() for name, array in inputs.items() if name.startswith("deepstack")}
@@ -171,6 +172,7 @@ class SpoiledVision:
     def __init__(self, engine: Engine, spoil: Callable[..., tuple[np.ndarray, np.ndarray]]) -> None:
         self._engine, self._spoil = engine, spoil
         self.bundle, self.decoder = engine.bundle, engine.decoder
+        self.memory, self.limits = engine.memory, engine.limits
 
     def vision(self, batch: VisionBatch) -> tuple[np.ndarray, np.ndarray]:
         return self._spoil(self._engine, batch)

@@ -36,6 +36,8 @@ FORMATS = [
     for bits, block, symmetric in itertools.product((4, 8), (16, 32), (True, False))
 ]
 
+SLOW_PORTABLE = pytest.param("portable", marks=pytest.mark.slow)
+
 
 @pytest.fixture
 def weight() -> torch.Tensor:
@@ -314,7 +316,7 @@ def even_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 class TestVisionEncoder:
     @pytest.mark.parametrize(("bits", "method"), [("int8", "rtn"), ("int4", "search")])
-    @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
+    @pytest.mark.parametrize("target", [SLOW_PORTABLE, "ort-cpu"])
     def test_alone(
         self, bits: str, method: str, target: str, even_checkpoint: Checkpoint, export: Callable[..., Any]
     ) -> None:
@@ -334,7 +336,7 @@ class TestVisionEncoder:
 
 
 @pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
+@pytest.mark.parametrize("target", [SLOW_PORTABLE, "ort-cpu"])
 def test_large_blocks(block: int, target: str, export: Callable[..., Any], checkpoints: Callable[..., Any]) -> None:
     widths = {"hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 2}
     exported = export(

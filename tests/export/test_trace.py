@@ -117,6 +117,7 @@ def test_canonical_vision_encoder_computes_what_the_model_computes(
     assert_close(run(model, feeds), vision_reference(load_model(checkpoint.folder), feeds), feeds)
 
 
+@pytest.mark.slow
 def test_tracing_is_deterministic(checkpoints: Checkpoints) -> None:
     config = checkpoints("qwen3").config
     first, second = (

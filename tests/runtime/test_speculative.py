@@ -217,7 +217,9 @@ def test_bad_options(pipeline, options):
         pipeline.generate("x", **options)
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["measured costs", "every guess"])
+@pytest.mark.parametrize(
+    "eager", [pytest.param(False, marks=pytest.mark.slow, id="measured costs"), pytest.param(True, id="every guess")]
+)
 def test_the_sample_model_answers_the_same(sample_bundle, monkeypatch, eager):
     """A trained model over pictures and facts; written on past its end it repeats itself."""
     pipeline = deepstitch.load(sample_bundle("ort-cpu"), threads=1)

@@ -201,7 +201,7 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.published
 @pytest.mark.parametrize(("config", "memory", "words", "code"), PUBLISHED)
 def test_published_sizes_without_the_weights(
     config: Callable[[], dict[str, Any]],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,13 @@ from deepstitch.errors import DeviceError, OutputError, UnsupportedError
 from deepstitch.export.tensorrt import build_machine
 from deepstitch.export.tensorrt.build_machine import BuildMachine
 from deepstitch.export.tensorrt.builder import BuildOrder, build_engines
-from deepstitch.export.tensorrt.timing_cache import TimingCache
 from deepstitch.models.checkpoint import Checkpoint
 from deepstitch.plugins.common.schema import PluginError
 from deepstitch.runtime.engine.tensorrt.api import TensorRT
 
 from ...fake_tensorrt.plugin_library import edited_library, stand_in_library
 from ..trt8_models import WIDE, fitting
-from .building import FLAGS, TRT8, TRT10, Ampere, Card, calls
+from .building import FLAGS, TRT8, TRT10, Ampere, Card, calls, left_in
 
 Checkpoints = Callable[..., Checkpoint]
 Export = Callable[..., Any]
@@ -71,6 +72,26 @@ def test_a_full_disk(
     assert not (bundle / "engines").exists()
 
 
+def test_the_old_engines_come_back_if_the_new_ones_cannot_take_their_place(
+    order: BuildOrder, tensorrt: Callable[..., Any], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if path.name.startswith(".building-sm61"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    with tensorrt():
+        machine = BuildMachine.find("trt8", None)
+        first = build_engines(order, machine)
+        (first.folder / "old").touch()
+        monkeypatch.setattr(Path, "rename", refused)
+        with pytest.raises(OutputError, match="cannot be written"):
+            build_engines(order, machine)
+    assert (first.folder / "old").is_file() and left_in(bundle) == [first.folder.name]
+
+
 def test_too_small_a_disk_is_seen_before(
     order: BuildOrder, tensorrt: Callable[..., Any], bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,17 +104,26 @@ def test_too_small_a_disk_is_seen_before(
     assert not (bundle / "engines").exists()
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """As Python handles it in a program, whatever the test runner does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_stops_the_builder(
     exported: Callable[..., Path], library: Path, tensorrt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TensorRT 10 asks after each step; the exception must not go through it."""
+    """TensorRT 10 asks after each step."""
     from deepstitch.export.tensorrt.build_progress import Progress
 
     steps = []
 
     def pressed(progress: Progress) -> None:
         steps.append(progress)
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Progress, "step", pressed)
     bundle = exported("trt10")
@@ -104,14 +134,28 @@ def test_ctrl_c_stops_the_builder(
     assert not (bundle / "engines").exists()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_where_the_builder_does_not_ask(
-    bundle: Path, library: Path, tensorrt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    bundle: Path,
+    library: Path,
+    tensorrt: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """TensorRT 8.6 builds to the end; then Python says that there was a Ctrl-C."""
-    monkeypatch.setattr(TimingCache, "take", lambda *_: _raise(KeyboardInterrupt()))
+    """TensorRT 8.6 builds to the end, and its bindings drop what is raised while it says something."""
+    pressed = []
+
+    def press(record: logging.LogRecord) -> bool:
+        if record.getMessage().startswith("Detected") and not pressed:
+            pressed.append(record)
+            signal.raise_signal(signal.SIGINT)
+        return True
+
+    monkeypatch.setattr(logging.getLogger("deepstitch.tensorrt"), "filters", [press])
+    caplog.set_level(logging.DEBUG, "deepstitch.tensorrt")
     with tensorrt():
         words = ["build", str(bundle), "--target", "trt8", "--plugins", str(library), *FLAGS, "--quiet"]
-        assert main(words) == EXIT_INTERRUPTED
+        assert main(words) == EXIT_INTERRUPTED and pressed
     assert not (bundle / "engines").exists()
 
 

@@ -61,7 +61,7 @@ def test_cards_of_each_target(checkpoints: Checkpoints, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out)["sm"] == 75
 
 
-@pytest.mark.slow
+@pytest.mark.published
 @pytest.mark.parametrize(("config", "weights"), [("30b-a3b", "int4"), ("235b-a22b", "fp16")])
 def test_published_sizes_without_the_weights(
     config: str, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -178,7 +178,7 @@ def held(server: EncodeServer) -> dict[str, int]:
     }
 
 
-async def settled(server: EncodeServer, before: dict[str, int], seconds: float = 10.0) -> dict[str, int]:
+async def settled(server: EncodeServer, before: dict[str, int], seconds: float = 30.0) -> dict[str, int]:
     """What is still held beyond ``before``."""
     deadline = time.monotonic() + seconds
     while True:
