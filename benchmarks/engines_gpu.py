@@ -263,7 +263,10 @@ def _run(command: list[str]) -> dict[str, Any]:
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         return {"failed": f"exit code {done.returncode}: {last[0]}", "seconds": seconds}
-    return {**json.loads(done.stdout), "seconds": seconds}
+    try:
+        return {**json.loads(done.stdout), "seconds": seconds}
+    except ValueError:  # a library wrote there too
+        return {"failed": f"no JSON, but: {done.stdout[-200:]!r}", "seconds": seconds}
 
 
 def build(bundle: Path, plan: Plan, plugins: Path | None) -> dict[str, Any]:

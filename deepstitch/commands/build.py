@@ -18,8 +18,10 @@ from deepstitch.commands.build_report import built_lines, check_lines, plan_refu
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from deepstitch.export.compare import Comparison
     from deepstitch.export.tensorrt import BuildCheck, Limits, Subject
     from deepstitch.export.tensorrt.build_machine import BuildMachine
+    from deepstitch.export.tensorrt.builder import BuiltEngines
 
 __all__ = ["command"]
 
@@ -51,6 +53,12 @@ _COUNT = click.IntRange(min=1)
 @click.option("--vision-weights", metavar="KIND", help="Likewise for the vision encoder.")
 @click.option("--kv-cache", metavar="KIND", help="Likewise for keys and values: fp32 or fp16.")
 @click.option("--timing-cache", type=click.Path(path_type=Path), help="To begin with.  [default: of the last build]")
+@click.option(
+    "--compare/--no-compare",
+    "compare",
+    default=True,
+    help="Run the engines on the cases of 'deepstitch compare' afterwards.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the report.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @click.pass_context
@@ -72,6 +80,7 @@ def command(
     vision_weights: str | None,
     kv_cache: str | None,
     timing_cache: Path | None,
+    compare: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -85,6 +94,9 @@ def command(
     followed at the smallest, usual and largest inputs, and the memory is planned. For the check a CHECKPOINT will do:
     it is checked as it would be exported, without reading its weights. The exit code is 1 if a graph or the plugin
     library has a problem, 2 if the memory does not suffice.
+
+    Afterwards the engines are compared with the bundle in ONNX Runtime, each plugin computed by the function that
+    defines it; the exit code is 1 if they differ, and the engines stay.
 
     \b
     deepstitch build qwen3-vl-2b --target trt8 --plugins libdeepstitch_plugins_trt8.so --max-context 2048
@@ -123,10 +135,46 @@ def command(
         bundle=folder, check=found, library=library, timing_cache=timing_cache, command=words, progress=not quiet
     )
     built = build_engines(order, machine)
+    comparison = _compared(folder, progress=not quiet) if compare else "not compared (--no-compare)"
+    _conclude(found, built, comparison, as_json=as_json)
+
+
+def _compared(folder: Path, *, progress: bool) -> Comparison | str:
+    """The engines against the definitions of their graphs; or why not, where that says nothing against them."""
+    from deepstitch.errors import InputError
+    from deepstitch.export.compare import compare_bundle
+    from deepstitch.manifest import Manifest
+    from deepstitch.runtime.bundle import Bundle
+
+    manifest = Manifest.read(folder)
+    if manifest.vision is not None and len(manifest.graphs) < 2:
+        return "not compared: this is one side of a split bundle"
+    try:
+        return compare_bundle(Bundle.open(folder), against="definitions", engine="tensorrt", progress=progress)
+    except InputError as error:  # every case is larger than what the engines were built for
+        return f"not compared: {error}"
+
+
+def _conclude(found: BuildCheck, built: BuiltEngines, comparison: Comparison | str, *, as_json: bool) -> None:
+    """Show what was built and how it compares.
+
+    Raises:
+        ComparisonFailed: the engines are not what their graphs compute.
+    """
+    from deepstitch.errors import ComparisonFailed
+    from deepstitch.export.compare.report import failure_lines, summary_line
+
+    compared = None if isinstance(comparison, str) else comparison
     if as_json:
-        click.echo(json.dumps(found.to_dict() | {"engines": built.to_dict()}, indent=1))
+        said = compared.to_dict() if compared else comparison
+        click.echo(json.dumps(found.to_dict() | {"engines": built.to_dict(), "comparison": said}, indent=1))
     else:
-        click.echo("\n".join(["", *built_lines(built)]))
+        click.echo("\n".join(["", *built_lines(built), "", summary_line(compared) if compared else str(comparison)]))
+    if compared is not None and not compared.passed:
+        raise ComparisonFailed(
+            f"{built.folder}: built, and they stay, but they do not compute what their graphs do: "
+            f"{'; '.join(failure_lines(compared))}"
+        )
 
 
 def _tools() -> ModuleType:

@@ -82,5 +82,6 @@ def built_lines(built: BuiltEngines) -> Iterator[str]:
         yield f"  {graph.file:<22}{size:>14} in {seconds:,.1f} s; profiles: {profiles}"
     for name, command in built.trtexec.items():
         yield ""
-        yield f"the same engine of '{name}' by trtexec:"
+        fewer = built.manifest.target == "trt8" and len(built.manifest.graphs[name].profiles) > 1
+        yield f"'{name}' by trtexec{', with its first profile alone, to measure' if fewer else ''}:"
         yield f"  {command}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ class Progress:
     """A bar for one engine.
 
     Attributes:
-        interrupted: Ctrl-C came while the builder was at work; it was told to stop.
+        interrupted: Ctrl-C came; a builder that asks is told to stop.
     """
 
     def __init__(self, bar: Any) -> None:
@@ -43,32 +44,56 @@ class Progress:
 
 @contextmanager
 def progress_of(name: str, *, shown: bool) -> Iterator[Progress]:
-    """A bar for the engine of a graph."""
+    """A bar for the engine of a graph.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came meanwhile.
+    """
     with tqdm(desc=f"build {name}", unit="step", disable=None if shown else True, leave=False) as bar:
-        yield Progress(bar)
+        progress = Progress(bar)
+        with _ctrl_c_noted(progress):
+            yield progress
+        if progress.interrupted:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _ctrl_c_noted(progress: Progress) -> Iterator[None]:
+    """Keep Ctrl-C in mind instead of raising it where TensorRT calls Python: its bindings drop what is raised there.
+
+    A second Ctrl-C ends the process at once; what that leaves behind, the next build removes.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield  # somebody else takes care of it
+        return
+
+    def note(*_: object) -> None:
+        progress.interrupted = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _monitor(module: Any, progress: Progress) -> Any:
-    """What TensorRT calls. An exception must not leave it, Ctrl-C included: that is kept, and the builder stopped."""
+    """What TensorRT calls, and is stopped by."""
 
     class Monitor(module.IProgressMonitor):
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            try:
-                progress.begin(phase_name, num_steps)
-            except KeyboardInterrupt:
-                progress.interrupted = True
+            progress.begin(phase_name, num_steps)
 
         def phase_finish(self, phase_name: str) -> None:
             del phase_name
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            try:
-                progress.step()
-            except KeyboardInterrupt:
-                progress.interrupted = True
+            progress.step()
             return not progress.interrupted
 
     return Monitor()

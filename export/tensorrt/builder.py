@@ -143,8 +143,12 @@ def _folder(target: Path) -> Iterator[Path]:
         if target.exists():
             old = target.parent / f"{_BUILDING}-old-{os.getpid()}"
             target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
+            try:
+                temporary.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.rename(target)
     except OSError as error:

@@ -119,7 +119,8 @@ class Planner:
             nbytes = _weights(found["vision"], choice.vision_weights)
             items.append(Item(name="vision weights", nbytes=nbytes, basis=_WEIGHTS))
             edges += found["vision"].edges
-        workspace = max(_LEAST_WORKSPACE, *(one.workspace for one in each))
+        asked = max(_LEAST_WORKSPACE, *(one.workspace for one in each))
+        workspace = -(-asked // MIB) * MIB  # the builder may align each plugin's part in its own way
         return (
             *items,
             *((self._cache(choice),) if "decode" in found else ()),

@@ -101,10 +101,7 @@ async def welcome(
         if not isinstance(hello, Hello):
             raise ProtocolError(f"{type(hello).__name__} instead of Hello")
         if hello.version != PROTOCOL_VERSION:
-            raise HandshakeRefused(
-                f"protocol version {hello.version} on the language side, {PROTOCOL_VERSION} on the encode side; "
-                "install the same deepstitch on both"
-            )
+            raise _other_version(encode=PROTOCOL_VERSION, language=hello.version)
         if not hmac.compare_digest(hello.proof, proof(token, "language", nonce, hello.nonce)):
             raise HandshakeRefused("the token is missing or another one; give both sides the same --token-file")
         if different := differences(identity, hello.model):
@@ -165,6 +162,8 @@ async def _connect(
         challenge = await receive(reader, HANDSHAKE_LIMIT)
         if not isinstance(challenge, Challenge):
             raise ProtocolError(f"{address}: {type(challenge).__name__} instead of Challenge")
+        if challenge.version != PROTOCOL_VERSION:  # it might not be able to read our Hello, and could not say so
+            raise _other_version(encode=challenge.version, language=PROTOCOL_VERSION, where=f"{address}: ")
         nonce = secrets.token_hex(16)
         hello = Hello(
             seq=0,
@@ -191,6 +190,13 @@ async def _connect(
         writer.close()
         raise
     return Caller(address, reader, writer, deadlines, clock=clock, count=count), reply
+
+
+def _other_version(*, encode: int, language: int, where: str = "") -> HandshakeRefused:
+    return HandshakeRefused(
+        f"{where}protocol version {language} on the language side, {encode} on the encode side; install the same "
+        "deepstitch on both"
+    )
 
 
 class Caller:

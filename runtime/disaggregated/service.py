@@ -1,4 +1,4 @@
-"""What both servers need: a thread for compute, and the way errors of it look."""
+"""What both servers need: a thread for compute, an end for their tasks, and TLS."""
 
 from __future__ import annotations
 
@@ -23,15 +23,10 @@ class ComputeThread:
 
     def __init__(self, name: str) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self.waiting = 0
 
     async def run(self, work: Callable[[], Value]) -> Value:
         """Run ``work`` there; its exceptions are raised here. Cancelled before its turn, it does not run."""
-        self.waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-        finally:
-            self.waiting -= 1
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def forget(self, value: object) -> None:
         """Let go of something large there, a moment later: giving memory back takes time that others wait for."""

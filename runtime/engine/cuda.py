@@ -174,6 +174,7 @@ class Cuda:
 
     def release(self, pointer: int) -> None:
         """Give memory back, after all work."""
+        self.make_current()
         self.call("cuMemFree", pointer)
 
     def allocate_host(self, nbytes: int) -> int:
@@ -182,6 +183,7 @@ class Cuda:
 
     def release_host(self, pointer: int) -> None:
         """Give page-locked memory back, after all work."""
+        self.make_current()
         self.call("cuMemFreeHost", pointer)
 
     def upload(self, target: int, source: int, nbytes: int) -> None:
@@ -218,6 +220,10 @@ class Cuda:
             CudaError: some of it failed.
         """
         self.call("cuStreamSynchronize", self.stream)
+
+    def synchronize_all(self) -> None:
+        """Likewise, for the streams of other libraries too."""
+        self.call("cuCtxSynchronize")
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[CudaGraph]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,10 +26,9 @@ _SLACK = 1.25
 
 
 class Pool:
-    """Blocks of memory, kept for the next request of about their size.
+    """Blocks of memory, kept for the next request of about their size; TensorRT asks for them from threads of its own.
 
     Attributes:
-        in_use: bytes handed out.
         reserved: bytes taken from the system, in use or not.
         peak: most bytes ever reserved.
     """
@@ -36,9 +38,23 @@ class Pool:
         self._release = release
         self._sizes: dict[int, int] = {}  # of all blocks, by address
         self._free: list[tuple[int, int]] = []  # (size, address), ascending
-        self.in_use = 0
+        self._given: deque[int] = deque()  # given back, and not yet among the free ones
+        self._in_use = 0
+        self._lock = threading.Lock()
         self.reserved = 0
         self.peak = 0
+
+    def __del__(self) -> None:
+        """Every block knows its pool, so all have been given back."""
+        with contextlib.suppress(Exception):  # at the end of the process the driver may be gone
+            self._trim()
+
+    @property
+    def in_use(self) -> int:
+        """Bytes handed out."""
+        with self._lock:
+            self._settle()
+            return self._in_use
 
     def take(self, nbytes: int) -> int:
         """Address of at least ``nbytes``; the contents are whatever was there.
@@ -47,29 +63,43 @@ class Pool:
             OutOfDeviceMemory: not even after giving back to the system all that is not in use.
         """
         size = _rounded(nbytes)
-        place = bisect_left(self._free, (size, 0))
-        if place < len(self._free) and self._free[place][0] <= max(size * _SLACK, _SMALL):
-            found, pointer = self._free.pop(place)
-        else:
-            found, pointer = size, self._fresh(size)
-            self._sizes[pointer] = size
-            self.reserved += size
-            self.peak = max(self.peak, self.reserved)
-        self.in_use += found
+        with self._lock:
+            self._settle()
+            place = bisect_left(self._free, (size, 0))
+            if place < len(self._free) and self._free[place][0] <= max(size * _SLACK, _SMALL):
+                found, pointer = self._free.pop(place)
+            else:
+                found, pointer = size, self._fresh(size)
+                self._sizes[pointer] = size
+                self.reserved += size
+                self.peak = max(self.peak, self.reserved)
+            self._in_use += found
         return pointer
 
     def give(self, pointer: int) -> None:
-        """Take a block back; work that was given before may still use it, later work may take it."""
-        size = self._sizes[pointer]
-        insort(self._free, (size, pointer))
-        self.in_use -= size
+        """Take a block back; work that was given before may still use it, later work may take it.
+
+        The garbage collector calls this wherever it comes to run, also inside the other methods: so it only makes a
+        note, for which no lock is needed.
+        """
+        self._given.append(pointer)
 
     def holds(self, pointer: int, nbytes: int) -> bool:
         """Whether all these bytes are of one block."""
-        return any(begin <= pointer and pointer + nbytes <= begin + size for begin, size in self._sizes.items())
+        with self._lock:
+            return any(begin <= pointer and pointer + nbytes <= begin + size for begin, size in self._sizes.items())
 
-    def trim(self) -> None:
+    def _settle(self) -> None:
+        """Put what was given back among the free blocks."""
+        while self._given:
+            pointer = self._given.popleft()
+            size = self._sizes[pointer]
+            insort(self._free, (size, pointer))
+            self._in_use -= size
+
+    def _trim(self) -> None:
         """Give all blocks that are not in use back to the system."""
+        self._settle()
         while self._free:
             size, pointer = self._free.pop()
             del self._sizes[pointer]
@@ -80,9 +110,9 @@ class Pool:
         try:
             return self._allocate(size)
         except OutOfDeviceMemory:
-            if not self._free:
+            if not self._free and not self._given:
                 raise
-        self.trim()
+        self._trim()
         return self._allocate(size)
 
 

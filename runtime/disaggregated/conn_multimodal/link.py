@@ -141,8 +141,8 @@ class Link:
                 else:
                     refusal = await self._read_in_thread(spans, timeout, limit, accept)
             except DisaggregationError as error:
+                self.caller.fail(error)  # before anything that can be cancelled: no other read may try
                 await self._close_importer()
-                self.caller.fail(error)
                 raise self.caller.lost.result() from None  # the first reason: not that it was closed here because of it
         if refusal is not None:
             raise refusal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from deepstitch.errors import DeviceError
@@ -11,31 +12,28 @@ __all__ = ["gpu_allocator"]
 
 
 def gpu_allocator(module: Any, memory: DeviceMemory) -> Any:
-    """An ``IGpuAllocator`` for the runtime of TensorRT 8.6, 10 and 11.
+    """An ``IGpuAllocator`` for the runtime of TensorRT 8.6, 10 and 11, which never name a stream to one of Python's.
 
-    8.6 asks for memory with ``allocate`` and gives it back with ``deallocate``; later versions with their likes of a
-    stream. Addresses go both ways as numbers, 0 for none, which TensorRT reports as running out of memory.
+    So TensorRT may use what it gets on any stream, as it may what cudaMalloc gives: memory changes hands when all work
+    is done. Addresses go both ways as numbers, 0 for none, which TensorRT reports as running out of memory.
     """
 
     class PoolAllocator(module.IGpuAllocator):
-        def __init__(self) -> None:
+        def __init__(self, memory: DeviceMemory) -> None:
             module.IGpuAllocator.__init__(self)
+            self._memory = memory  # not the class's, which lives on until the garbage collector finds it
 
         def allocate(self, size: int, alignment: int, flags: int) -> int:
-            return self.allocate_async(size, alignment, flags, memory.cuda.stream_handle)
-
-        def allocate_async(self, size: int, alignment: int, flags: int, stream: int) -> int:
             if size == 0:
                 return 0
             try:
-                memory.cuda.make_current()
-                if stream != memory.cuda.stream_handle:
-                    memory.cuda.synchronize()  # earlier work of our stream may still use what the pool hands out
-                pointer = memory.pool.take(size)
+                self._memory.cuda.make_current()
+                self._memory.cuda.synchronize()  # earlier work of our stream may still use what the pool hands out
+                pointer = self._memory.pool.take(size)
             except DeviceError:  # TensorRT says what it was for
                 return 0
             if alignment and pointer % alignment:
-                memory.pool.give(pointer)
+                self._memory.pool.give(pointer)
                 return 0
             return pointer
 
@@ -43,11 +41,11 @@ def gpu_allocator(module: Any, memory: DeviceMemory) -> Any:
             return 0  # TensorRT then allocates anew and copies
 
         def deallocate(self, memory_: int) -> bool:
-            return self.deallocate_async(memory_, memory.cuda.stream_handle)
-
-        def deallocate_async(self, memory_: int, stream: int) -> bool:
             if memory_:
-                memory.pool.give(memory_)
+                with contextlib.suppress(DeviceError):  # the work failed, so it is over
+                    self._memory.cuda.make_current()
+                    self._memory.cuda.synchronize_all()
+                self._memory.pool.give(memory_)
             return True
 
-    return PoolAllocator()
+    return PoolAllocator(memory)

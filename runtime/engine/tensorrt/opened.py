@@ -59,7 +59,7 @@ def check_bundle(bundle: Bundle) -> None:
     if target not in TARGETS:
         raise BundleError(
             f"{bundle.folder}: exported with --target {target}, which engine tensorrt does not run; leave --engine "
-            "out, or export the checkpoint with --target trt8 (compute capability 6.1 to 8.9) or trt10 (7.5 and newer)"
+            "out, or export the checkpoint with --target trt8 (compute capability 6.1 to 9.0) or trt10 (7.5 and newer)"
         )
     if not built_engines(bundle.folder):
         raise BundleError(

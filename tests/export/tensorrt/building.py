@@ -13,7 +13,19 @@ from deepstitch.manifest import MANIFEST_NAME
 from deepstitch.plugins.build.contents import read_library
 
 LIMITS = Limits(images=2, image_patches=64, max_context=128, batch=2, prefill_chunk=16)
-FLAGS = ["--images", "2", "--image-patches", "64", "--max-context", "128", "--batch", "2", "--prefill-chunk", "16"]
+FLAGS = [
+    "--images",
+    "2",
+    "--image-patches",
+    "64",
+    "--max-context",
+    "128",
+    "--batch",
+    "2",
+    "--prefill-chunk",
+    "16",
+    "--no-compare",
+]
 TRT8, TRT10 = "8.6.1", "10.13.3.9"
 
 

@@ -8,18 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
 from deepstitch.cli import main
 from deepstitch.engine_manifest import EngineManifest, built_engines
 from deepstitch.errors import DeviceError, InputError
+from deepstitch.export.compare import Comparison, Tolerance, comparison
+from deepstitch.export.compare.comparison import measure
 from deepstitch.export.split import split_bundle
 from deepstitch.export.tensorrt import Subject, check_build
 from deepstitch.export.tensorrt.build_machine import BuildMachine
 from deepstitch.export.tensorrt.builder import BuildOrder, build_engines
 from deepstitch.export.tensorrt.profiles import CORNERS, sizes_of
-from deepstitch.manifest import MANIFEST_NAME, file_sha256
+from deepstitch.manifest import MANIFEST_NAME, Manifest, file_sha256
 from deepstitch.models.checkpoint import Checkpoint
 from deepstitch.plugins.common.schema import DOMAIN
 from deepstitch.runtime.bundle import Bundle
@@ -228,3 +231,43 @@ def test_all_that_tensorrt_says_can_be_seen(
         assert capsys.readouterr().err.count("TensorRT: Detected ") == 2
         assert main(words) == 0
         assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_engines_are_compared_when_they_are_built(
+    bundle: Path,
+    library: Path,
+    tensorrt: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    passed: bool,
+) -> None:
+    """Engines that differ stay, for whoever has to find out why."""
+    tolerance = Tolerance.for_bundles(Manifest.read(bundle))
+    values = {"logits": np.zeros((2, 5), np.float32)}
+    others = values if passed else {"logits": np.ones((2, 5), np.float32)}
+    asked: list[dict[str, Any]] = []
+
+    def compare(opened: Bundle, **options: Any) -> Comparison:
+        asked.append(options)
+        results = tuple(measure("text", others, values, tolerance))
+        return Comparison(
+            bundle=str(opened.folder),
+            target="trt8",
+            weights="fp32",
+            against="definitions",
+            tolerance=tolerance,
+            results=results,
+            skipped={},
+            polygraphy={},
+            seconds=0.0,
+        )
+
+    monkeypatch.setattr(comparison, "compare_bundle", compare)
+    words = ["build", str(bundle), "--target", "trt8", "--plugins", str(library), *FLAGS, "--compare", "--quiet"]
+    with tensorrt():
+        assert main(words) == (0 if passed else 1)
+    captured = capsys.readouterr()
+    assert [(each["against"], each["engine"]) for each in asked] == [("definitions", "tensorrt")]
+    assert ("they do not compute what their graphs do" in captured.err) is not passed
+    assert (bundle / "engines" / "sm61-tensorrt8.6.1" / "decoder.plan").is_file()

@@ -45,8 +45,11 @@ for _each in Severity:
 
 
 def say(logger: ILogger, severity: Severity, text: str) -> None:
-    """What TensorRT says through the logger it was given."""
-    logger.log(severity, text)
+    """What TensorRT says through the logger it was given; what is raised there, its bindings drop."""
+    try:
+        logger.log(severity, text)
+    except BaseException as error:
+        print(f"[ERROR] Exception caught in log(): {error!r}", file=sys.stderr)
 
 
 class IHostMemory(bytes):

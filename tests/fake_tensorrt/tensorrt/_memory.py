@@ -4,33 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._api import MAJOR, classes
+from ._api import classes
 
 ALIGNMENT = 256
 
 
 class Memory:
-    """Device memory from the runtime's allocator, given back with the object that holds it."""
+    """Device memory from the runtime's allocator, given back with the object that holds it.
+
+    Of an ``IGpuAllocator`` in Python no version calls ``allocate_async`` or ``deallocate_async``: the bindings pass on
+    the calls without a stream alone.
+    """
 
     def __init__(self, allocator: Any, nbytes: int) -> None:
         self.allocator, self.address = allocator, 0
         if allocator is not None and nbytes:
-            self.address = self._allocate(nbytes) or 0
+            self.address = allocator.allocate(nbytes, ALIGNMENT, 0) or 0
         self.failed = allocator is not None and nbytes > 0 and not self.address
 
     def _own(self, name: str) -> bool:
         return getattr(type(self.allocator), name, None) is not getattr(classes["IGpuAllocator"], name, None)
 
-    def _allocate(self, nbytes: int) -> int | None:
-        if MAJOR >= 10 and self._own("allocate_async"):
-            return self.allocator.allocate_async(nbytes, ALIGNMENT, 0, 0)
-        return self.allocator.allocate(nbytes, ALIGNMENT, 0)
-
     def __del__(self) -> None:
         if getattr(self, "address", 0):
-            if MAJOR >= 10 and self._own("deallocate_async"):
-                self.allocator.deallocate_async(self.address, 0)
-            elif self._own("deallocate"):
+            if self._own("deallocate"):
                 self.allocator.deallocate(self.address)
             else:
                 self.allocator.free(self.address)

@@ -365,6 +365,7 @@ def test_gauges_follow_a_request(plain_bundle, identity, files):
                 assert [shown(server, f"{each} ") for each in ("connections", "rooms", "requests_waiting")] == [1, 1, 1]
                 gate.set()
                 await asyncio.gather(hold, asked)
+                await encoded(server)
                 assert shown(server, "requests_waiting ") == 0
                 assert shown(server, "cache_misses_total ") == 1
                 for direction in ("in", "out"):

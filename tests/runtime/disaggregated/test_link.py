@@ -96,3 +96,27 @@ def test_a_read_that_never_ends_is_ended() -> None:
         assert importer.closed
 
     asyncio.run(run())
+
+
+def test_a_failed_read_ends_the_link_even_if_it_is_cancelled_meanwhile() -> None:
+    class Gone(SlowImporter):
+        immediate = True
+
+        def read(self, spans: Any, *, timeout: float) -> None:
+            raise PeerLost("gone")
+
+        def close(self) -> None:
+            assert self.go_on.wait(10)
+
+    async def run() -> None:
+        importer = Gone()
+        link = link_with(importer)
+        wanted = asyncio.get_running_loop().create_future()
+        reading = asyncio.create_task(link.read([], accept=len, timeout=9, limit=9, wanted=wanted))
+        await asyncio.sleep(0.05)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        importer.go_on.set()
+        assert link.caller.lost.done()
+
+    asyncio.run(run())

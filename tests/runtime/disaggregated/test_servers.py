@@ -17,6 +17,8 @@ import pytest
 from deepstitch.errors import InputError
 from deepstitch.models.sample.tokenizer import special_id
 from deepstitch.runtime.bundle import Bundle
+from deepstitch.runtime.disaggregated import channel
+from deepstitch.runtime.disaggregated.channel import receive
 from deepstitch.runtime.disaggregated.config import Address, PoolConfig
 from deepstitch.runtime.disaggregated.errors import (
     HandshakeRefused,
@@ -26,7 +28,7 @@ from deepstitch.runtime.disaggregated.errors import (
     RequestTooLarge,
 )
 from deepstitch.runtime.disaggregated.identity import differences, model_identity
-from deepstitch.runtime.disaggregated.messages import ModelIdentity
+from deepstitch.runtime.disaggregated.messages import Challenge, Hello, ModelIdentity
 from deepstitch.runtime.disaggregated.multimodal_embedding import EncodeServer
 from deepstitch.runtime.disaggregated.multimodal_language import LanguageServer
 from deepstitch.runtime.disaggregated.pool import BlockPool
@@ -340,6 +342,26 @@ def test_sides_that_do_not_fit(plain_bundle, tmp_path_factory):
     asyncio.run(refused("token is missing or another", token="open sesam"))
     other = write_tiny_bundle(tmp_path_factory.mktemp("other") / "bundle", image_token_id=special_id("<|vision_end|>"))
     asyncio.run(refused(r"do not fit: image_token_id: \d+ on the encode side, \d+ on the language", bundle=other))
+
+
+@pytest.mark.parametrize(("told", "language", "encode"), [(Challenge, 2, 3), (Hello, 3, 2)])
+def test_sides_of_different_versions(plain_bundle, short_path, monkeypatch, told, language, encode):
+    """Whichever is the first to notice, the difference is named."""
+
+    async def newer(reader, limit):
+        message = await receive(reader, limit)
+        return msgspec.structs.replace(message, version=3) if isinstance(message, told) else message
+
+    monkeypatch.setattr(channel, "receive", newer)
+    monkeypatch.setattr(channel, "PROTOCOL_VERSION", 2)
+    named = f"encode.sock: protocol version {language} on the language side, {encode} on the encode side"
+
+    async def run() -> None:
+        async with running(EncodeServer(encode_config(plain_bundle, "shm", str(short_path)))) as server:
+            with pytest.raises(HandshakeRefused, match=named):
+                await LanguageServer(language_config(plain_bundle, server.address)).start()
+
+    asyncio.run(run())
 
 
 def test_an_address_that_cannot_be_had(plain_bundle, short_path):

@@ -5,6 +5,7 @@ Nothing is imported before the libraries of the stand-ins can be found, and noth
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -217,6 +218,20 @@ def repeats(bundle: str) -> list[int]:
         pipeline.generate(question, max_tokens=4)
         peaks.append(memory.pool.peak)
     return peaks
+
+
+def reopened(bundle: str) -> list[int]:
+    """Free bytes of the card, before and after each of two pipelines that came and went."""
+    from deepstitch.runtime.engine.cuda import Cuda
+
+    gc.collect()  # those of other scenarios
+    cuda = Cuda()
+    free = [cuda.free_bytes()]
+    for _ in range(2):
+        Pipeline.open(bundle, engine="tensorrt").generate("Hello", max_tokens=2)
+        gc.collect()
+        free.append(cuda.free_bytes())
+    return free
 
 
 def two_at_a_time(bundle: str, engine: str = "tensorrt") -> list[int]:

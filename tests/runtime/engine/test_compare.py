@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Card
+from .conftest import LIMITS, Card
 
 pytest.importorskip("cuda.bindings", reason="the extra cuda is not installed")
 pytest.importorskip("polygraphy", reason="the extra compare is not installed")
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_left_out(endless: Endless, driver: Path, plugin_li
     card, bundle = Card(driver, "10.13.3.9"), Path(shutil.copytree(endless("trt10"), tmp_path / "bundle"))
     variables = {"FAKE_CUDA_SM": "75", "FAKE_TENSORRT_SM": "75"}
     limits = ("--max-context", "256", "--prefill-chunk", "64", "--image-patches", "64")
-    order = ("build", bundle, "--target", "trt10", "--plugins", plugin_library, "--quiet", *limits)
+    order = ("build", bundle, "--target", "trt10", "--plugins", plugin_library, "--quiet", "--no-compare", *limits)
     assert card.deepstitch(*order, **variables).returncode == 0
     words = ("compare", bundle, "--engine", "tensorrt", "--case", "text", "--case", "batch-2", "--json", "--quiet")
     finished = card.deepstitch(*words, **variables)
@@ -133,3 +133,15 @@ def test_what_does_not_fit_is_left_out(endless: Endless, driver: Path, plugin_li
     found = json.loads(finished.stdout)
     assert found["passed"] and {each["case"] for each in found["results"]} == {"text"}
     assert found["skipped"]["batch-2"].startswith("does not fit the engine: ")
+
+
+@pytest.mark.slow
+def test_a_build_is_compared(endless: Endless, card: Card, plugin_library: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "trt8"
+    shutil.copytree(endless("trt8"), bundle, ignore=shutil.ignore_patterns("engines"))
+    words = ["build", bundle, "--target", "trt8", "--plugins", plugin_library, "--quiet", "--json", *LIMITS]
+    finished = card.deepstitch(*words)
+    assert finished.returncode == 0, finished.stderr
+    comparison = json.loads(finished.stdout)["comparison"]
+    assert comparison["passed"] and comparison["against"] == "definitions" and comparison["engine"] == "tensorrt"
+    assert {each["stage"] for each in comparison["results"]} >= {"vision", "logits"}

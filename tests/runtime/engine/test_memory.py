@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
 import numpy as np
 import pytest
 
 from deepstitch.runtime.calls import RowTokens
 from deepstitch.runtime.embedding import EmbeddingTable, PromptRows
+from deepstitch.runtime.engine import device_memory
 from deepstitch.runtime.engine.cuda import OutOfDeviceMemory
 from deepstitch.runtime.engine.device_memory import Pool
 from deepstitch.runtime.engine.memory import HOST, DeviceArray, RowPieces, to_host
@@ -122,6 +124,32 @@ def test_a_pool_gives_back_before_it_gives_up() -> None:
     assert pool.reserved == 14 * MIB and system.left == 2 * MIB
     with pytest.raises(OutOfDeviceMemory):
         pool.take(4 * MIB)
+
+
+def test_a_pool_that_is_gone_leaves_nothing() -> None:
+    system = System(16 * MIB)
+    pool = Pool(system.allocate, system.release)
+    pool.give(pool.take(4 * MIB))
+    assert system.left == 12 * MIB
+    del pool
+    assert system.left == 16 * MIB
+
+
+def test_a_block_may_come_back_in_the_midst_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a thread of TensorRT's, or because the garbage collector runs just then."""
+    system = System(100 * MIB)
+    pool = Pool(system.allocate, system.release)
+    large, small = pool.take(4 * MIB), pool.take(512)
+    pool.give(large)
+
+    def interrupted(free: list[tuple[int, int]], wanted: tuple[int, int]) -> int:
+        place = bisect_left(free, wanted)
+        pool.give(small)
+        return place
+
+    monkeypatch.setattr(device_memory, "bisect_left", interrupted)
+    assert pool.take(4 * MIB) == large
+    assert pool.in_use == 4 * MIB
 
 
 def rows_of(visual: list) -> PromptRows:

@@ -60,7 +60,7 @@ class Trace:
 def done(built: Path, card: Card, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trace]:
     """Scenarios by their names, run one after the other in one process."""
     folder = tmp_path_factory.mktemp("done")
-    names = ("answers", "sequences", "repeats", "two_at_a_time", "refusals")
+    names = ("answers", "sequences", "repeats", "reopened", "two_at_a_time", "refusals")
     results = card.scenario("several", built, folder, *names)
     return {
         name: Trace.read(result, folder / f"{name}.cuda", folder / f"{name}.tensorrt")
@@ -150,6 +150,10 @@ def test_a_recording_serves_the_next_answer(done: dict[str, Trace]) -> None:
     assert len(trace.result) == 4 and len(set(trace.result)) == 1
     assert sum(trace.sizes("cuMemAlloc_v2")) == trace.result[0], "all memory is the pool's"
     assert (trace.count("cuStreamBeginCapture_v2"), trace.count("cuGraphLaunch")) == (1, 2 + 3 * 3)
+
+
+def test_an_engine_that_is_gone_leaves_no_memory_taken(done: dict[str, Trace]) -> None:
+    assert len(set(done["reopened"].result)) == 1
 
 
 def test_caches_that_take_turns(done: dict[str, Trace], endless: Endless) -> None:
