@@ -261,12 +261,24 @@ def _run(command: list[str]) -> dict[str, Any]:
         return {"failed": f"no end after {CHILD_SECONDS} s"}
     seconds = round(time.perf_counter() - began, 3)
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        return {"failed": f"exit code {done.returncode}: {last[0]}", "seconds": seconds}
+        said = _problems(done.stdout) or done.stderr.strip().splitlines()[-1:] or ["no message"]
+        return {"failed": f"exit code {done.returncode}: {'; '.join(said)}", "seconds": seconds}
     try:
         return {**json.loads(done.stdout), "seconds": seconds}
     except ValueError:  # a library wrote there too
         return {"failed": f"no JSON, but: {done.stdout[-200:]!r}", "seconds": seconds}
+
+
+def _problems(stdout: str) -> list[str]:
+    """What the check of 'deepstitch build' found, which is in its JSON alone."""
+    try:
+        found = json.loads(stdout)
+    except ValueError:
+        return []
+    said = list(found.get("library_problems") or ())
+    for name, graph in found.get("graphs", {}).items():
+        said += [f"{name}: {each['operator']}: {each['message']}" for each in graph["problems"]]
+    return said
 
 
 def build(bundle: Path, plan: Plan, plugins: Path | None) -> dict[str, Any]:
@@ -281,18 +293,8 @@ def build(bundle: Path, plan: Plan, plugins: Path | None) -> dict[str, Any]:
     }
     words = [word for name, value in limits.items() for word in (f"--{name}", str(value))]
     words += ["--plugins", str(plugins)] if plugins is not None else []
-    command = [
-        sys.executable,
-        "-m",
-        "deepstitch.cli",
-        "build",
-        str(bundle),
-        "--target",
-        bundle.name,
-        "--quiet",
-        "--json",
-    ]
-    found = _run([*command, *words])
+    command = [sys.executable, "-m", "deepstitch.cli", "build", str(bundle), "--target", bundle.name]
+    found = _run([*command, "--quiet", "--json", *words])
     return {name: found[name] for name in ("failed", "seconds", "memory", "engines") if name in found} | limits
 
 

@@ -1,4 +1,7 @@
-"""How much memory the language side takes: KV cache, activations, weights. Estimates from sizes alone."""
+"""How much memory the language side takes: KV cache, activations, weights. Estimates from sizes alone.
+
+And how much encoded pictures may take, which are kept.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["CACHE_BITS", "WEIGHT_BYTES", "DecoderShape", "Memory", "Workload", "estimate_memory"]
+__all__ = [
+    "CACHE_BITS",
+    "KEPT_PICTURES",
+    "WEIGHT_BYTES",
+    "DecoderShape",
+    "Memory",
+    "Workload",
+    "estimate_memory",
+    "kept_pictures",
+]
 
 CACHE_BITS: Mapping[str, int] = MappingProxyType({"float32": 32, "float16": 16, "int8": 8, "int4": 4})
 WEIGHT_BYTES: Mapping[str, float] = MappingProxyType(
     {"fp32": 4, "fp16": 2, "int8": 1.125, "int4": 0.625}  # per value; integers: blocks of 32, scales included
 )
+KEPT_PICTURES = 256 << 20  # bytes for outputs of the vision encoder, where nothing else limits them
+_KEPT_SHARE = 32  # of a card's memory they get one part: 64 MiB of 2 GiB
 _FLOAT_BYTES = 4  # the graphs compute in float32, whatever the weights are stored in
 
 
@@ -110,3 +124,12 @@ def estimate_memory(
         kv_cache_bytes=shape.kv_bytes_per_token(cache_dtype) * workload.context * workload.batch,
         activation_bytes=shape.activation_bytes(workload),
     )
+
+
+def kept_pictures(card: int | None) -> int:
+    """Bytes that outputs of the vision encoder may take, kept for when the same picture comes again.
+
+    Args:
+        card: bytes of the card they lie on; None: not known.
+    """
+    return KEPT_PICTURES if card is None else min(KEPT_PICTURES, card // _KEPT_SHARE)

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deepstitch.memory_estimate import KEPT_PICTURES
 from deepstitch.runtime.engine.memory import Tensor
 from deepstitch.runtime.preprocess import VisionBatch
 
-__all__ = ["DEFAULT_MAX_BYTES", "EncoderCache", "VisionFeatures"]
-
-DEFAULT_MAX_BYTES = 256 << 20
+__all__ = ["EncoderCache", "VisionFeatures"]
 
 Encode = Callable[[VisionBatch], tuple[Tensor, Tensor]]
 
@@ -44,7 +43,7 @@ class EncoderCache:
         misses: items encoded so far.
     """
 
-    def __init__(self, encode: Encode, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+    def __init__(self, encode: Encode, max_bytes: int = KEPT_PICTURES) -> None:
         """Put a cache in front of ``encode``; ``max_bytes`` 0 keeps nothing."""
         self._encode = encode
         self._max_bytes = max_bytes

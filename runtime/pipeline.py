@@ -11,10 +11,11 @@ from typing import Any
 
 from deepstitch.errors import InputError
 from deepstitch.manifest import Manifest
+from deepstitch.memory_estimate import KEPT_PICTURES
 from deepstitch.runtime.bundle import Bundle
 from deepstitch.runtime.chat import Chat
 from deepstitch.runtime.embedding import EmbeddingTable
-from deepstitch.runtime.encoder_cache import DEFAULT_MAX_BYTES, EncoderCache
+from deepstitch.runtime.encoder_cache import EncoderCache
 from deepstitch.runtime.engine import Engine, open_engine
 from deepstitch.runtime.generate import Generation
 from deepstitch.runtime.parts import ModelParts
@@ -79,7 +80,7 @@ class Pipeline:
         table = EmbeddingTable.open(bundle)
         loaded = open_engine(engine, bundle, threads=threads, packed_cache=packed_cache)
         if encoder_cache_bytes is None:
-            encoder_cache_bytes = min(DEFAULT_MAX_BYTES, loaded.limits.cache_bytes or DEFAULT_MAX_BYTES)
+            encoder_cache_bytes = loaded.limits.cache_bytes or KEPT_PICTURES
         encoder = EncoderCache(loaded.vision, encoder_cache_bytes)
         parts = ModelParts(engine=loaded, table=table, encoder=encoder, processor=processor)
         return cls(parts, load_seconds=time.perf_counter() - began)

@@ -25,6 +25,7 @@ RUNTIME_SHARED = {
     "deepstitch.engine_manifest",
     "deepstitch.errors",
     "deepstitch.manifest",
+    "deepstitch.memory_estimate",
     "deepstitch.runtime",
     "deepstitch.tensorfile",
 }

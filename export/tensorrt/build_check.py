@@ -142,9 +142,9 @@ def check_build(
 def _plan(
     subject: Subject, graphs: tuple[GraphCheck, ...], limits: Limits, memory: tuple[int, str] | None
 ) -> MemoryPlan:
-    planner = Planner(subject, {each.name: each.propagation for each in graphs})
-    choice = Choice(limits=limits, cache_dtype=subject.cache_dtype)
     available, source = memory if memory is not None else (None, "not known")
+    planner = Planner(subject, {each.name: each.propagation for each in graphs}, available)
+    choice = Choice(limits=limits, cache_dtype=subject.cache_dtype)
     plan = MemoryPlan(items=planner.items(choice), available=available, source=source)
     if plan.fits is False and available is not None:
         plan = replace(plan, advice=advise(planner, choice, available))

@@ -102,7 +102,7 @@ def build_engines(order: BuildOrder, machine: BuildMachine) -> BuiltEngines:
 
     Raises:
         DeviceError: the plugin library does not load, or a graph cannot be built.
-        InputError: there is no such timing cache.
+        InputError: there is no such timing cache, or the plugin library cannot be read.
         OutputError: the disk is full, or the bundle cannot be written.
     """
     target = engine_folder(order.bundle, machine.sm, machine.tensorrt.version)
@@ -110,8 +110,7 @@ def build_engines(order: BuildOrder, machine: BuildMachine) -> BuiltEngines:
     with _folder(target) as folder:
         build = _Build(order=order, machine=machine, folder=folder, target=target)
         if order.library is not None:
-            machine.tensorrt.load_plugins(order.library[0].resolve())
-            shutil.copyfile(order.library[0], folder / order.library[0].name)
+            build.load_plugins(order.library[0])
         graphs = {name: build.graph(name) for name in order.check.subject.graphs}
         build.cache.write(folder / TIMING_CACHE)
         manifest = build.manifest(graphs)
@@ -189,6 +188,17 @@ class _Build:
         if given is not None and not given.is_file():
             raise InputError(f"--timing-cache {given}: there is no such file; leave the flag out to begin anew")
         self.cache = TimingCache(given if given is not None else self.target / TIMING_CACHE)
+
+    def load_plugins(self, library: Path) -> None:
+        """Load the library, and copy it beside the engines."""
+        try:
+            self.machine.tensorrt.load_plugins(library.resolve())
+            data = library.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{library}: the plugin library cannot be read ({error.strerror or error}); name another with --plugins"
+            ) from None
+        (self.folder / library.name).write_bytes(data)
 
     def graph(self, name: str) -> EngineGraph:
         """Build one and write its plan."""

@@ -12,7 +12,7 @@ from deepstitch.export.tensorrt.footprint import Footprint, footprint, writes_ca
 from deepstitch.export.tensorrt.profiles import Limits, profiles, sizes_of
 from deepstitch.export.tensorrt.shapes import Propagation
 from deepstitch.export.tensorrt.subject import Subject
-from deepstitch.memory_estimate import WEIGHT_BYTES, Workload, estimate_memory
+from deepstitch.memory_estimate import WEIGHT_BYTES, Workload, estimate_memory, kept_pictures
 
 __all__ = ["OVERHEAD_BYTES", "Choice", "Item", "MemoryPlan", "Planner", "weights_kinds"]
 
@@ -82,8 +82,10 @@ class MemoryPlan:
 class Planner:
     """Makes plans for one model; sizes are followed once for each set of limits."""
 
-    def __init__(self, subject: Subject, propagations: Mapping[str, Propagation]) -> None:
+    def __init__(self, subject: Subject, propagations: Mapping[str, Propagation], available: int | None = None) -> None:
+        """For a card of ``available`` bytes; None: not known."""
         self.subject = subject
+        self._available = available
         self._propagations = propagations
         self._in_place = DECODER in subject.graphs and writes_cache_in_place(subject.graphs[DECODER].graph)
         self._known: dict[tuple[Any, ...], Footprint] = {}
@@ -124,6 +126,7 @@ class Planner:
         return (
             *items,
             *((self._cache(choice),) if "decode" in found else ()),
+            *((self._pictures(),) if "vision" in found else ()),
             Item(name="activations", nbytes=found[busiest].activations, basis=_ACTIVATIONS.format(busiest)),
             Item(name="workspace", nbytes=workspace, basis=_WORKSPACE),
             Item(name="inputs and outputs", nbytes=edges, basis="of the largest profiles, the KV cache left out"),
@@ -141,8 +144,12 @@ class Planner:
             name="KV cache", nbytes=2 * once, basis=f"{basis}; twice, because TensorRT writes it to a new place"
         )
 
+    def _pictures(self) -> Item:
+        return Item(name="pictures kept", nbytes=kept_pictures(self._available), basis=_PICTURES)
+
 
 _WEIGHTS = "constants of the engine, as TensorRT holds them"
+_PICTURES = "encoded, for when they come again: a 32nd of the card, 256 MiB at most"
 _ACTIVATIONS = "tensors alive at once in {}, none fused; the engines take turns in one block"
 _WORKSPACE = "the limit the builder is given: what the largest plugin asks for, 64 MiB at least"
 

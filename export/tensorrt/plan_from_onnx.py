@@ -54,7 +54,8 @@ def plan_from_onnx(tensorrt: TensorRT, source: GraphSource, cache: TimingCache, 
         DeviceError: TensorRT does not parse or build the graph.
         KeyboardInterrupt: Ctrl-C came while it was building.
     """
-    module = tensorrt.module
+    module, errors = tensorrt.module, tensorrt.logger.errors
+    errors.clear()  # what was said before is not about this
     try:
         builder = module.Builder(tensorrt.logger)
     except TypeError:
@@ -69,6 +70,7 @@ def plan_from_onnx(tensorrt: TensorRT, source: GraphSource, cache: TimingCache, 
         pin_layers(module, network)
     cache.attach(config)
     progress.attach(module, config)
+    errors.clear()  # of a timing cache that was refused
     plan = builder.build_serialized_network(network, config)
     if progress.interrupted:
         raise KeyboardInterrupt
@@ -121,9 +123,10 @@ def _parser_refusal(tensorrt: TensorRT, source: GraphSource, parser: Any) -> Dev
 
 
 def _builder_refusal(tensorrt: TensorRT, source: GraphSource) -> DeviceError:
-    said = " ".join(tensorrt.logger.errors).lower()
+    errors = tensorrt.logger.errors
+    last = errors[-1].lower() if errors else ""  # kernels that were passed over may have lacked memory too
     remedy = _REPORT
-    if any(words in said for words in _NO_MEMORY):
+    if any(words in last for words in _NO_MEMORY):
         remedy = (
             "the card's memory does not suffice for building: end other programs that use it, or make --prefill-chunk, "
             "--max-context, --batch or --image-patches smaller"

@@ -78,7 +78,7 @@ class Encoders:
             self._watcher = asyncio.create_task(self._watch(self._config.registry))
         self._follow(addresses)
         while any(each not in self._links and each not in self.problems for each in self._keepers):
-            await self._news()
+            await self._changed.wait()
         for address in self._config.encoders:
             if isinstance(refused := self.problems.get(address), HandshakeRefused):
                 raise refused
@@ -112,9 +112,6 @@ class Encoders:
         changed = self._changed  # now: wait_for may begin later, after the change, and would wait for the next one
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(changed.wait(), timeout)
-
-    async def _news(self) -> None:
-        await self._changed.wait()
 
     def _tell(self) -> None:
         self._changed.set()

@@ -60,7 +60,8 @@ class Host(Protocol):
     def open_room(self, peer: str, message: RoomMessage) -> RoomMessage:
         """Begin what a request asks for; the message without its pictures, which the room has now."""
 
-    async def _room(self, peer: str, message: RoomMessage) -> Any: ...
+    async def reply_to(self, peer: str, message: RoomMessage) -> Any:
+        """What is answered; it may take its time."""
 
 
 class _Listener(asyncio.StreamReader):
@@ -191,7 +192,7 @@ class Guest:
 
     async def _answer(self, message: RoomMessage) -> None:
         try:
-            reply = await self._host._room(self.name, message)
+            reply = await self._host.reply_to(self.name, message)
         except DisaggregationError as error:
             reply = _failure(message.seq, error)
         except Exception as error:  # a bug must not look like a hang, which would cost every room its connection

@@ -162,7 +162,7 @@ class EncodeServer:
         return self._parts.encoder.misses
 
     async def check(self) -> dict[str, Any]:
-        """Encode a small picture.
+        """Encode a small picture; a request that is being computed is as good, ``encoded_rows`` is None then.
 
         Raises:
             DeepstitchError: it could not be done, or not in time.
@@ -177,7 +177,7 @@ class EncodeServer:
 
         began = time.monotonic()
         try:
-            rows = await asyncio.wait_for(self._compute.run(work), timeout=_HEALTH_SECONDS)
+            rows = await self._compute.probe(work, timeout=_HEALTH_SECONDS, patience=self.config.deadlines.request)
         except asyncio.TimeoutError:
             raise EncodeFailed(f"a small picture was not encoded within {_HEALTH_SECONDS:g} s") from None
         return {"encoded_rows": rows, "seconds": time.monotonic() - began, "rooms": len(self._rooms)}
@@ -285,7 +285,8 @@ class EncodeServer:
     def _in_state(self, state: SenderState) -> int:
         return sum(room.machine.state is state for room in self._rooms.values())
 
-    async def _room(self, peer: str, message: RoomMessage) -> Any:
+    async def reply_to(self, peer: str, message: RoomMessage) -> Any:
+        """Let its room answer; a :class:`DisaggregationError` says why it cannot."""
         name, message = _name(peer, message), self.open_room(peer, message)
         room = self._rooms.get(name)
         if room is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import math
 import time
 import uuid
@@ -310,14 +311,20 @@ class Reception:
         self._metrics.count("transfers_total", kind="initial")
         self._metrics.count("transfers_total", received.resumes, kind="resumed")
         self._metrics.observe("stage_seconds", received.seconds["transfer"], stage="transfer")
-        if self._closed or len(self._remembering) >= _MOST_REMEMBERING:
+        full = len(self._remembering) >= _MOST_REMEMBERING
+        if full or self._closed or not self._config.encoder_cache_bytes:
             return
         for file in (*request.images, *request.videos):
             self._known.setdefault(glimpse(file), _Known(b"", None))
-        work = self._pictures.run(lambda: self._remember(request, received, prompt, np.flatnonzero(visual)))
-        task = asyncio.get_running_loop().create_task(work)
+        task = asyncio.get_running_loop().create_task(self._later(request, received, prompt, visual))
         self._remembering.add(task)
         task.add_done_callback(self._remembering.discard)
+
+    async def _later(self, request: Request, received: ReceivedPrompt, prompt: Prompt, visual: Bools) -> None:
+        try:
+            await self._pictures.run(lambda: self._remember(request, received, prompt, np.flatnonzero(visual)))
+        except Exception:  # the answer does not need it
+            logging.getLogger(__name__).exception("encoder outputs could not be remembered")
 
     def _remember(self, request: Request, received: ReceivedPrompt, prompt: Prompt, places: Ints) -> None:
         """Keep the encoder outputs, and which files they are of."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import engines_gpu
+from deepstitch.models.sample.files import CHECKPOINT
 from deepstitch.plugins.build.host import build_host_library
 
 from ..fake_tensorrt.installed import FOLDER as FAKE_TENSORRT
@@ -47,6 +49,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepared = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*"))
     assert prepared == ["sample-fp32/expected.npz", "sample-fp32/ort-cuda", "sample-fp32/portable", "sample-fp32/trt8"]
     return folder
+
+
+def test_problems_of_a_check_are_the_reason(tmp_path: Path) -> None:
+    """They are on stdout, nothing is on stderr."""
+    library = stand_in_library(tmp_path, sm=90)
+    words = ("build", CHECKPOINT, "--target", "trt8", "--check", "--weights", "fp32", "--plugins", library, "--json")
+    found = engines_gpu._run([sys.executable, "-m", "deepstitch.cli", *map(str, words)])
+    assert found["failed"].startswith("exit code 1: it has no code for sm_61"), found
 
 
 @pytest.mark.slow

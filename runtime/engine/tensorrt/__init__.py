@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from deepstitch.errors import InputError
+from deepstitch.memory_estimate import kept_pictures
 from deepstitch.runtime.bundle import DECODER, VISION_ENCODER, Bundle
 from deepstitch.runtime.engine import EngineLimits, GraphRunner
 from deepstitch.runtime.engine.cuda import Card, Cuda
@@ -23,8 +24,6 @@ from deepstitch.runtime.engine.tensorrt.profiles import Profiles
 from deepstitch.runtime.preprocess import VisionBatch
 
 __all__ = ["TensorRTEngine"]
-
-_CACHE_SHARE = 32  # of the card's memory, pictures that were encoded get one part: 64 MiB of 2 GiB
 
 
 class TensorRTEngine:
@@ -141,7 +140,7 @@ def _limits(graphs: dict[str, TensorRTGraph], card: Card) -> EngineLimits:
         context=context,
         chunk=decoder.largest("S"),
         logits=decoder.largest("L"),
-        cache_bytes=card.total_bytes // _CACHE_SHARE,
+        cache_bytes=kept_pictures(card.total_bytes),
         remedy=f"build the engines again with a larger --max-context than {context}",
     )
 

@@ -293,4 +293,10 @@ class _Call:
     def _address(self, name: str, tensor: DeviceArray) -> int:
         if tensor.dtype != self._graph.dtypes[name]:
             raise ValueError(f"{name} is {tensor.dtype}, the engine has {self._graph.dtypes[name]}")
+        if tensor.pointer % _ALIGNMENT:  # some rows of a tensor, and rows are not of a multiple of that
+            raise DeviceError(
+                f"{self._graph.contract.file}: rows of {name} begin at {tensor.pointer:#x}, TensorRT takes multiples "
+                f"of {_ALIGNMENT} only; give one prompt and one picture at a time, or build the engines again with a "
+                "--max-context that is a multiple of 64 and with more --images"
+            )
         return tensor.pointer

@@ -64,6 +64,27 @@ def test_a_checkpoint_is_planned_like_its_bundle(checkpoints: Checkpoints, expor
     assert [each.operators for each in one.graphs] == [each.operators for each in other.graphs]
 
 
+@pytest.mark.parametrize(
+    ("family", "memory", "mib"),
+    [
+        ("qwen3_vl_moe", None, 256),
+        ("qwen3_vl_moe", 2 << 30, 64),
+        ("qwen3_vl_moe", 80 << 30, 256),
+        ("qwen3", None, None),
+    ],
+)
+def test_pictures_that_are_kept_are_planned(
+    family: str, memory: int | None, mib: int | None, checkpoints: Checkpoints
+) -> None:
+    """As much as a pipeline keeps of them on that card."""
+    subject = Subject.from_checkpoint(fitting(checkpoints, family, WIDE).folder, "trt8", Stored(weights="fp32"))
+    found = check_build(subject, LIMITS, 61, None if memory is None else (memory, "a card"))
+    assert found.plan is not None
+    items = {item.name: item.nbytes for item in found.plan.items}
+    assert items.get("pictures kept") == (None if mib is None else mib << 20)
+    assert found.plan.total_bytes == sum(items.values())
+
+
 @pytest.fixture
 def bundle(checkpoints: Checkpoints, export: Export) -> Path:
     checkpoint = fitting(checkpoints, "qwen3", WIDE)

@@ -10,16 +10,18 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
 
 from deepstitch.cli import EXIT_INTERRUPTED, main
-from deepstitch.errors import DeviceError, OutputError, UnsupportedError
+from deepstitch.errors import DeviceError, InputError, OutputError, UnsupportedError
 from deepstitch.export.tensorrt import build_machine
 from deepstitch.export.tensorrt.build_machine import BuildMachine
 from deepstitch.export.tensorrt.builder import BuildOrder, build_engines
+from deepstitch.export.tensorrt.plan_from_onnx import _builder_refusal
 from deepstitch.models.checkpoint import Checkpoint
 from deepstitch.plugins.common.schema import PluginError
 from deepstitch.runtime.engine.tensorrt.api import TensorRT
@@ -50,6 +52,43 @@ def test_a_failure_leaves_nothing(
             build_engines(order, BuildMachine.find("trt8", None))
         assert REFUSALS[failure] in str(caught.value) and "\n" not in str(caught.value)
     assert not (bundle / "engines").exists()
+
+
+def test_what_was_said_of_the_timing_cache_is_no_reason(
+    order: BuildOrder, tensorrt: Callable[..., Any], tmp_path: Path
+) -> None:
+    given = tmp_path / "cache"
+    given.write_bytes(b"not a cache")
+    with tensorrt(fail="build"), pytest.raises(DeviceError, match="cannot build graph") as caught:
+        TensorRT.load().logger.errors.append("of an earlier step")
+        build_engines(dataclasses.replace(order, timing_cache=given), BuildMachine.find("trt8", None))
+    assert REFUSALS["build"] in str(caught.value)
+    assert "magic tag" not in str(caught.value) and "earlier" not in str(caught.value)
+
+
+@pytest.mark.parametrize("step", ["driver", "profile"])
+def test_what_was_said_of_another_graph_is_no_reason(
+    step: str, order: BuildOrder, tensorrt: Callable[..., Any]
+) -> None:
+    with tensorrt(fail=step), pytest.raises(DeviceError) as caught:
+        machine = BuildMachine.find("trt8", None)
+        machine.tensorrt.logger.errors.append("Error Code 2: OutOfMemory")
+        build_engines(order, machine)
+    assert REFUSALS[step] in str(caught.value) and "OutOfMemory" not in str(caught.value)
+
+
+def test_the_last_error_is_the_reason(tensorrt: Callable[..., Any]) -> None:
+    """A kernel that was passed over for want of memory is none."""
+    with tensorrt():
+        there = TensorRT.load()
+        source: Any = SimpleNamespace(name="decoder")
+        for errors, remedy in (
+            (["OutOfMemory", "API Usage Error"], "please report it"),
+            (["API Usage Error", "OutOfMemory"], "the card's memory does not suffice"),
+            ([], "please report it"),
+        ):
+            there.logger.errors.extend(errors)
+            assert remedy in str(_builder_refusal(there, source))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
@@ -254,6 +293,16 @@ def test_a_library_that_tensorrt_does_not_load(
     broken.write_bytes(b"\x7fELF")
     library = (broken, order.library[1])
     with tensorrt(), pytest.raises(DeviceError, match="does not load the plugin library"):
+        build_engines(dataclasses.replace(order, library=library), BuildMachine.find("trt8", None))
+    assert not (bundle / "engines").exists()
+
+
+def test_a_library_that_is_gone_is_not_a_bundle_that_cannot_be_written(
+    order: BuildOrder, tensorrt: Callable[..., Any], bundle: Path, tmp_path: Path
+) -> None:
+    library = (tmp_path / "gone.so", order.library[1])
+    text = r"gone\.so: the plugin library cannot be read \(No such file"
+    with tensorrt(), pytest.raises(InputError, match=text):
         build_engines(dataclasses.replace(order, library=library), BuildMachine.find("trt8", None))
     assert not (bundle / "engines").exists()
 

@@ -128,7 +128,7 @@ class EncodeHost(Host):
             revoke(ticket)
 
         exporter.revoke = told
-        answer = self.server._room
+        answer = self.server.reply_to
 
         async def timed(peer: str, message: Any) -> Any:
             began = time.monotonic()
@@ -137,7 +137,7 @@ class EncodeHost(Host):
             finally:
                 self.calls[type(message).__name__] += time.monotonic() - began
 
-        self.server._room = timed
+        self.server.reply_to = timed
         return ready
 
     async def do_state(self) -> dict[str, Any]:

@@ -138,7 +138,7 @@ class Room:
         waits = self.slow or not self.encoded.done() or "stranger" in self.pool.tokens.owners
         sender._PATIENCE = 0.02 if waits else 10.0  # what comes by itself is waited for
         try:
-            reply = await self.server._room("peer", MESSAGES[name])
+            reply = await self.server.reply_to("peer", MESSAGES[name])
             answer = KINDS[type(reply)]
         except DisaggregationError as error:
             answer = Answer.PROTOCOL if error.code == "protocol" else Answer.FAILURE
@@ -248,7 +248,7 @@ def test_the_same_part_is_offered_each_time() -> None:
     async def body(room: Room) -> None:
         for step in WAYS["ready"]:
             await room.go(step)
-        first, second = [await room.server._room("peer", MESSAGES["init"]) for _ in range(2)]
+        first, second = [await room.server.reply_to("peer", MESSAGES["init"]) for _ in range(2)]
         assert first == second and room.blocks == 2
 
     run(body)
@@ -260,12 +260,12 @@ def test_every_attempt_and_every_connection_has_rooms_of_its_own() -> None:
             await room.go(step)
         newer = Release(**{**NAMES, "attempt": 3}, abandoned=True)
         for peer, message in (("peer", newer), ("other", MESSAGES["abandon"]), ("other", MESSAGES["release"])):
-            assert isinstance(await room.server._room(peer, message), Released)
+            assert isinstance(await room.server.reply_to(peer, message), Released)
         assert room.state is SenderState.TRANSFERRING and room.blocks == 2
         with pytest.raises(DisaggregationError, match="no such room"):
-            await room.server._room("other", MESSAGES["received 1"])
+            await room.server.reply_to("other", MESSAGES["received 1"])
         with pytest.raises(DisaggregationError, match="no such room"):
-            await room.server._room("other", MESSAGES["encode"])  # its tombstone is there
+            await room.server.reply_to("other", MESSAGES["encode"])  # its tombstone is there
 
     run(body)
 

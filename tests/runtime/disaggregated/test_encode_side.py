@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ import msgspec
 import pytest
 
 from deepstitch.runtime.bundle import Bundle
-from deepstitch.runtime.disaggregated import multimodal_embedding
+from deepstitch.runtime.disaggregated import multimodal_embedding, service
 from deepstitch.runtime.disaggregated.channel import Caller, connect, receive
 from deepstitch.runtime.disaggregated.errors import PeerBusy, PeerLost, RequestRefused, RequestTooLarge
 from deepstitch.runtime.disaggregated.framing import REPLY_LIMIT, pack
@@ -35,6 +36,7 @@ from deepstitch.runtime.disaggregated.messages import (
 )
 from deepstitch.runtime.disaggregated.multimodal_embedding import EncodeServer
 from deepstitch.runtime.embedding import EmbeddingTable
+from deepstitch.runtime.server.health import Health
 
 from .intruders import Stranger, held, settled, stranger
 from .pair import QUICK, TOKEN, conversation, encode_config, png, running
@@ -180,13 +182,13 @@ def test_a_repeated_request_holds_no_pictures(plain_bundle, identity, files):
     async def run() -> None:
         async with running(EncodeServer(encode_config(plain_bundle, "tcp", ""))) as server:
             seen = []
-            answer = server._room
+            answer = server.reply_to
 
             async def watched(peer: str, message: Any) -> Any:
                 seen.append(message)
                 return await answer(peer, message)
 
-            server._room = watched
+            server.reply_to = watched
             async with guest(server, identity) as caller:
                 for _ in range(2):
                     await announced(caller, request(ROOMS[0], files[:1]))
@@ -206,7 +208,7 @@ def test_messages_stay_unread_while_many_are_answered(plain_bundle, identity, fi
                 await gate.wait()
                 return Pending(seq=message.seq, room=message.room, attempt=0)
 
-            server._room = slow
+            server.reply_to = slow
             for number in range(20):
                 who.send(Release(seq=number, room=ROOMS[0], attempt=0))
             await asyncio.sleep(0.2)
@@ -288,6 +290,7 @@ def test_a_machine_that_is_gone_is_noticed(plain_bundle, identity):
 def test_a_busy_process_is_healthy(plain_bundle, identity, files, monkeypatch):
     """A check is done after the request that is being encoded, not after all that wait."""
     monkeypatch.setattr(multimodal_embedding, "_HEALTH_SECONDS", 1.0)
+    monkeypatch.setattr(service, "_LOOK_SECONDS", 1.0)  # it would not wait for its turn that long
 
     async def run() -> None:
         async with running(EncodeServer(encode_config(plain_bundle, "tcp", ""))) as server:
@@ -305,6 +308,45 @@ def test_a_busy_process_is_healthy(plain_bundle, identity, files, monkeypatch):
                 assert (await server.check())["encoded_rows"] > 0
                 assert server.waiting > 5
                 await asyncio.gather(*many)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("computes", [True, False], ids=["computes", "sleeps"])
+def test_a_long_encode_is_healthy_while_it_computes(plain_bundle, identity, files, monkeypatch, computes):
+    """For as long as it takes; one that stands still for longer than the limit is not."""
+    monkeypatch.setattr(multimodal_embedding, "_HEALTH_SECONDS", 0.4)
+    monkeypatch.setattr(service, "_LOOK_SECONDS", 0.1)
+
+    async def run() -> None:
+        async with running(EncodeServer(encode_config(plain_bundle, "tcp", ""))) as server:
+            encode_now, health, stuck = server._encode_now, Health(server.check, max_age=0.0), threading.Event()
+
+            def slow(message: EncodeRequest, prepared: Any) -> Any:
+                end = time.monotonic() + 1.2
+                while computes and time.monotonic() < end:
+                    sum(range(1000))
+                assert computes or stuck.wait(20)
+                return encode_now(message, prepared)
+
+            server._encode_now = slow
+            async with guest(server, identity) as caller:
+                asked = asyncio.create_task(announced(caller, request(ROOMS[0], files[:1])))
+                while not server.waiting:
+                    await asyncio.sleep(0.01)
+                reports = []
+                while server.waiting and (computes or not reports):
+                    reports.append(await health())
+                stuck.set()
+                assert isinstance(await asked, Announcement)
+                if computes:
+                    assert len(reports) > 5 and all(status == 200 for status, _ in reports)
+                else:
+                    [(status, report)] = reports
+                    assert status == 503 and "not encoded within 0.4 s" in report["reason"]
+                await encoded(server)
+                status, report = await health()
+                assert status == 200 and report["encoded_rows"] > 0
 
     asyncio.run(run())
 

@@ -44,8 +44,8 @@ class Liar(EncodeServer):
 
     lie: Callable[[Liar, Any], Any]
 
-    async def _room(self, peer: str, message: Any) -> Any:
-        return self.lie(self, await super()._room(peer, message))
+    async def reply_to(self, peer: str, message: Any) -> Any:
+        return self.lie(self, await super().reply_to(peer, message))
 
 
 def about(kind: type[Any], **changes: Any) -> Callable[[Liar, Any], Any]:

@@ -288,8 +288,8 @@ def test_more_blocks_at_once_than_there_are(plain_bundle: Path, files: list[byte
 
 def test_an_announcement_without_times(plain_bundle: Path, files: list[bytes], folder: Path) -> None:
     class Timeless(EncodeServer):
-        async def _room(self, peer: str, message: Any) -> Any:
-            reply = await super()._room(peer, message)
+        async def reply_to(self, peer: str, message: Any) -> Any:
+            reply = await super().reply_to(peer, message)
             return msgspec.structs.replace(reply, seconds={}) if hasattr(reply, "seconds") else reply
 
     async def run() -> None:

@@ -168,3 +168,33 @@ def test_what_is_left_to_do_is_bounded_and_ends(
             assert b'attempts_total{outcome="ok"} 4.0' in language.metrics.text()
 
     asyncio.run(run())
+
+
+def test_what_cannot_be_remembered_is_told(
+    plain_bundle: Path, files: list[bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(reception.Reception, "_remember", broken)
+
+    async def run() -> None:
+        async with pair(plain_bundle) as (_, language):
+            await ask(language, "what is it?", files[:1])
+            assert language._reception is not None
+            assert await soon(lambda: not language._reception._remembering)
+
+    asyncio.run(run())
+    assert "could not be remembered" in caplog.text and "on purpose" in caplog.text
+
+
+def test_without_a_cache_nothing_is_copied_for_it(plain_bundle: Path, files: list[bytes]) -> None:
+    async def run() -> None:
+        async with pair(plain_bundle, language={"encoder_cache_bytes": 0}) as (_, language):
+            preparation, request = language._reception, Request(messages=conversation("what?", 1), images=files[:1])
+            assert preparation is not None
+            (await preparation.prepare(request, Trace(LANGUAGE))).follow_up()
+            assert not preparation._remembering and not preparation._known
+            assert b'attempts_total{outcome="ok"} 1.0' in language.metrics.text()
+
+    asyncio.run(run())

@@ -107,7 +107,7 @@ def test_a_clip_has_as_many_times_as_steps(plain_bundle, clips):
 
     async def run() -> None:
         async with pair(plain_bundle) as (encode, language):
-            room = encode._room
+            room = encode.reply_to
 
             async def lying(peer: str, message: Any) -> Any:
                 reply = await room(peer, message)
@@ -115,9 +115,9 @@ def test_a_clip_has_as_many_times_as_steps(plain_bundle, clips):
                     return reply
                 return structs.replace(reply, items=tuple(structs.replace(i, timestamps=(0.5,)) for i in reply.items))
 
-            encode._room = lying
+            encode.reply_to = lying
             with pytest.raises(ProtocolError, match="something else than was asked for"):
                 await ask(language, ("video",), [], clips[:1])
-            encode._room = room
+            encode.reply_to = room
 
     asyncio.run(run())
