@@ -172,13 +172,13 @@ class Announcement(RoomMessage, frozen=True, tag="announcement"):
 
 
 class TransferInit(RoomMessage, frozen=True, tag="init"):
-    """Language side: I have room for all DeepStack rows and for the first ``tokens`` tokens."""
+    """Language side: offer all DeepStack rows and at most the first ``tokens`` tokens."""
 
     tokens: Positive
 
 
 class TransferResume(RoomMessage, frozen=True, tag="resume"):
-    """Language side: I have the first ``sent_tokens`` tokens and room for ``tokens`` more."""
+    """Language side: I have the first ``sent_tokens`` tokens; offer at most ``tokens`` more."""
 
     sent_tokens: Positive
     tokens: Positive

@@ -311,8 +311,7 @@ class EncodeServer:
         """Preprocess and encode in the compute thread; equal pictures of waiting requests are encoded once.
 
         One at a time stands in front of that thread, so that a check of health is the next after it. What is encoded
-        waits for others to be read where the features that are here take all the memory they may; its sizes are not
-        told before that, since whoever knows them holds blocks for it, which those others may need.
+        waits for others to be read where the features that are here take all the memory they may.
         """
         loop = asyncio.get_running_loop()
 

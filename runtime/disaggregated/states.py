@@ -5,9 +5,10 @@ tombstones: whatever arrives later changes nothing.
 
 Which blocks are held follows from the state alone, but for one thing. The encode side holds blocks while TRANSFERRING:
 they are staged, and the language side may be reading. A thread that fills blocks keeps them until it has ended, in
-STAGING and in FAILED too. The language side holds landing blocks while TRANSFERRING, READING and QUARANTINED. It never
-holds them while it waits for more, and says ``Received`` before it asks for more; else two requests could wait for each
-other's blocks.
+STAGING and in FAILED too. The language side holds landing blocks while READING and QUARANTINED: who waits for rows
+keeps none from others, however long an encoder takes. It says ``Received`` before it asks for more. So blocks are taken
+in one order, the encode side's before the language side's, and none are held while waiting for more of the same side;
+else two requests could wait for each other's blocks.
 """
 
 from __future__ import annotations
@@ -62,9 +63,9 @@ class ReceiverState(Enum):
     """Language side."""
 
     BOOTSTRAPPING = "bootstrapping"  # request sent
-    WAITING_FOR_INPUT = "waiting for input"  # announced; waiting for landing blocks
-    TRANSFERRING = "transferring"  # landing blocks held, init or resume sent
-    READING = "reading"  # the transport writes into the landing blocks
+    WAITING_FOR_INPUT = "waiting for input"  # announced, init or resume sent; holds no blocks
+    TRANSFERRING = "transferring"  # rows lie ready on the other side; waiting for landing blocks
+    READING = "reading"  # landing blocks held; the transport writes into them
     CONFIRMING = "confirming"  # copied out, blocks given back, Received sent; more is to come
     QUARANTINED = "quarantined"  # the attempt failed while its read went on, which may write until it has ended
     RELEASING = "releasing"  # all is here and used; Release is or will be sent
@@ -76,8 +77,8 @@ class ReceiverEvent(Enum):
     """What happens to the language side."""
 
     ANNOUNCED = "announced"
-    ALLOCATED = "allocated"
     READY = "ready"
+    ALLOCATED = "allocated"
     READ_PART = "read a part"
     READ_ALL = "read all"
     READ_FAILED = "read failed"
@@ -110,8 +111,8 @@ SENDER: Mapping[tuple[SenderState, SenderEvent], SenderState] = MappingProxyType
 RECEIVER: Mapping[tuple[ReceiverState, ReceiverEvent], ReceiverState] = MappingProxyType(
     {
         (_R.BOOTSTRAPPING, _RE.ANNOUNCED): _R.WAITING_FOR_INPUT,
-        (_R.WAITING_FOR_INPUT, _RE.ALLOCATED): _R.TRANSFERRING,
-        (_R.TRANSFERRING, _RE.READY): _R.READING,
+        (_R.WAITING_FOR_INPUT, _RE.READY): _R.TRANSFERRING,
+        (_R.TRANSFERRING, _RE.ALLOCATED): _R.READING,
         (_R.READING, _RE.READ_PART): _R.CONFIRMING,
         (_R.READING, _RE.READ_ALL): _R.RELEASING,
         (_R.READING, _RE.READ_FAILED): _R.QUARANTINED,

@@ -163,12 +163,12 @@ class Receiver:
         received = resumes = 0
         seconds, began = dict(sizes.seconds), 0.0
         while received < total:
-            grant = await self._allocate(min(total - received, self._tools.first_tokens), sizes, received)
+            ready = await self._ready(sizes, received)
+            if received == 0:
+                began = time.monotonic()
+                seconds |= ready.seconds
+            grant = await self._allocate(ready, sizes)
             try:
-                ready = await self._ready(sizes, grant, received)
-                if received == 0:
-                    began = time.monotonic()
-                    seconds |= ready.seconds
                 await self._read(sizes, ready, grant, arrived)
             finally:
                 pool.release(self._owner)
@@ -185,11 +185,11 @@ class Receiver:
         self._link.attend(self._release)
         return prompt
 
-    async def _allocate(self, tokens: int, sizes: Announcement, received: int) -> Grant:
+    async def _allocate(self, ready: TransferReady, sizes: Announcement) -> Grant:
         """Landing blocks, unless the encode process goes while there are none."""
         began, lost = time.monotonic(), self._link.caller.lost
-        rows = sizes.deepstack_rows if received == 0 else 0
-        waiting = asyncio.ensure_future(self._tools.pool.acquire(self._owner, tokens, rows))
+        rows = sizes.deepstack_rows if ready.start == 0 else 0
+        waiting = asyncio.ensure_future(self._tools.pool.acquire(self._owner, ready.count, rows))
         try:
             either: set[asyncio.Future[Any]] = {waiting, lost}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -203,11 +203,13 @@ class Receiver:
         self._tools.mark("wait for landing blocks", began, time.monotonic())
         return waiting.result()
 
-    async def _ready(self, sizes: Announcement, grant: Grant, received: int) -> TransferReady:
-        """Ask for rows and check that the answer makes sense."""
+    async def _ready(self, sizes: Announcement, received: int) -> TransferReady:
+        """Ask for rows and check that the answer makes sense.
+
+        No landing blocks are held meanwhile: the rows may still be being encoded.
+        """
         began = time.monotonic()
-        room = len(grant.tokens) * self._tools.pool.layout.block_tokens
-        tokens = min(sizes.total_tokens - received, room)
+        tokens = min(sizes.total_tokens - received, self._tools.first_tokens)
         message: TransferInit | TransferResume
         if received == 0:
             message = TransferInit(**self._names, tokens=tokens)
@@ -230,7 +232,7 @@ class Receiver:
         )
         if not fits:
             raise ProtocolError(f"{self._link.caller.address}: a transfer that does not fit what was asked for")
-        self._move(ReceiverEvent.READY, "language.reading")
+        self._move(ReceiverEvent.READY)
         self._tools.mark("wait for rows", began, time.monotonic())
         return ready
 
@@ -241,6 +243,7 @@ class Receiver:
 
         They are not given back before the read has come to an end, whatever happens to this attempt meanwhile.
         """
+        self._tools.faults.reached("language.reading")
         began = time.monotonic()
         rows = sizes.deepstack_rows if ready.start == 0 else 0
         spans = list(self._spans(ready, grant, rows))

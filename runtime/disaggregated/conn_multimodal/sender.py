@@ -244,7 +244,7 @@ class Sender:
                 self._move(SenderEvent.ENCODED)
 
     def _prepared(self, sizes: PreparedSizes) -> None:
-        """Announce them: landing blocks can be found, and the transfer asked for, while the encoder works."""
+        """Announce them: the transfer can be asked for while the encoder works."""
         if self.machine.state is not SenderState.BOOTSTRAPPING:
             return
         self._seconds |= sizes.seconds

@@ -195,7 +195,10 @@ class LanguageHost(Host):
                 calls["messages"] += type(message).__name__ != "Ping"
 
         Caller.fail, Caller.call = told, timed  # type: ignore[method-assign]
-        return await super().start()
+        ready = await super().start()
+        for thread in (self.server._reception._text, self.server._reception._pictures):
+            await thread.run(lambda: None)
+        return ready
 
     async def do_state(self) -> dict[str, Any]:
         """What is held."""

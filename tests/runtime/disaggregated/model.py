@@ -28,11 +28,11 @@ from deepstitch.runtime.disaggregated.states import SenderState as S
 from . import contract
 from .contract import TERMINAL, Answer, Decision, Record
 
-LANDING_HELD = frozenset({R.TRANSFERRING, R.READING, R.QUARANTINED})
+LANDING_HELD = frozenset({R.READING, R.QUARANTINED})
 OFFERED_HELD = frozenset({S.TRANSFERRING})
 OVER = (R.SUCCESS, R.FAILED)
 UNINTERRUPTED = (R.READING, R.QUARANTINED)  # PEER_LOST and GAVE_UP wait until nothing writes any more
-ASKS = {R.BOOTSTRAPPING: "encode", R.TRANSFERRING: "transfer", R.CONFIRMING: "received", R.RELEASING: "release"}
+ASKS = {R.BOOTSTRAPPING: "encode", R.WAITING_FOR_INPUT: "transfer", R.CONFIRMING: "received", R.RELEASING: "release"}
 FAULTS = ("loss", "duplicate", "connection", "encode dies", "language dies", "lease", "encode fails", "read", "give up")
 
 
@@ -61,6 +61,7 @@ class Rules:
     waits_for_writer: bool = True  # blocks are given back only when the thread that fills them has ended
     says_farewell: bool = True  # a failed attempt is released too, and the release repeated until it is answered
     by_connection: bool = True  # the end of a connection concerns its own attempts only
+    landing_first: frozenset[int] = frozenset()  # rooms that take landing blocks before rows are ready for them
 
 
 class Offer(NamedTuple):
@@ -95,6 +96,7 @@ class Language(NamedTuple):
     connection: int = 0
     got: tuple[int, ...] = ()
     deepstacks: int = 0
+    ready: Offer | None = None  # waits for landing blocks
     blocks: tuple[int, ...] = ()
     reading: Offer | None = None
     into: tuple[int, ...] = ()  # what the read may write
@@ -202,8 +204,10 @@ class Draft:
             self.landing += old.blocks
             self.set(room, blocks=())
         self.landing_queue = tuple(each for each in self.landing_queue if each != room)
-        if new is R.WAITING_FOR_INPUT:
+        if new is R.TRANSFERRING or (new is R.WAITING_FOR_INPUT and room in self.rules.landing_first):
             self.landing_queue += (room,)
+        if new is not R.TRANSFERRING:
+            self.set(room, ready=None)
         if (new is R.FAILED or event is RE.GAVE_UP) and not self.lost(old.connection) and self.rules.says_farewell:
             self.set(room, farewells=(*old.farewells, old.attempt))
             self.net.add(Message(old.connection, room, old.attempt, "abandon", 0))
@@ -239,8 +243,10 @@ class Draft:
                 self.net.remove(message)
                 self.net.add(message._replace(offer=change(message.offer)))
         for room, language in enumerate(self.language):
-            if language.reading and language.reading.blocks:
-                self.set(room, reading=change(language.reading))
+            for name in ("ready", "reading"):
+                offer = getattr(language, name)
+                if offer and offer.blocks:
+                    self.set(room, **{name: change(offer)})
 
 
 def stepped(table: Mapping[Any, Any], state: Any, event: Any) -> Any:

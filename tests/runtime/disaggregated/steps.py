@@ -243,8 +243,10 @@ def hear(draft: Draft, message: Message) -> None:
         draft.set(room, farewells=farewells)
     elif message.answer is good:
         if message.offer:
-            draft.set(room, reading=message.offer, into=draft.language[room].blocks)
+            draft.set(room, ready=message.offer)
         draft.move_language(room, HEARD[message.ask])
+        if message.offer and draft.language[room].blocks and room in draft.rules.landing_first:
+            begin_reading(draft, room)
     else:
         releasing = draft.language[room].state is R.RELEASING
         draft.move_language(room, RE.PEER_LOST if releasing else RE.REFUSED)
@@ -287,8 +289,8 @@ def answer(draft: Draft, message: Message, decision: Decision) -> None:
 def landing_grant(rules: Rules, state: State) -> Callable[[Draft], None] | None:
     """Landing blocks for the room at the head of the queue, if there are enough."""
     room = state.landing_queue[0]
-    here = state.language[room]
-    tokens = min(rules.tokens[room] - len(here.got), rules.first_tokens)
+    here, ready = state.language[room], state.language[room].ready
+    tokens = ready.count if ready else min(rules.tokens[room] - len(here.got), rules.first_tokens)
     blocks = taken(state.landing, rules.landing_pool, tokens, not here.got)
     if blocks is None:
         return None
@@ -296,9 +298,19 @@ def landing_grant(rules: Rules, state: State) -> Callable[[Draft], None] | None:
     def step(draft: Draft) -> None:
         draft.landing = tuple(set(draft.landing) - set(blocks))
         draft.set(room, blocks=here.blocks + blocks)
-        draft.move_language(room, RE.ALLOCATED)
+        if ready:
+            begin_reading(draft, room)
+        else:
+            draft.landing_queue = draft.landing_queue[1:]
 
     return step
+
+
+def begin_reading(draft: Draft, room: int) -> None:
+    """What lies ready is read into the landing blocks."""
+    here = draft.language[room]
+    draft.set(room, reading=here.ready, into=here.blocks)
+    draft.move_language(room, RE.ALLOCATED)
 
 
 def encode_grant(rules: Rules, state: State) -> Callable[[Draft], None] | None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import pytest
 
 from deepstitch.runtime.bundle import Bundle
 from deepstitch.runtime.disaggregated import multimodal_embedding, service
-from deepstitch.runtime.disaggregated.channel import Caller, connect, receive
+from deepstitch.runtime.disaggregated.channel import receive
 from deepstitch.runtime.disaggregated.errors import PeerBusy, PeerLost, RequestRefused, RequestTooLarge
 from deepstitch.runtime.disaggregated.framing import REPLY_LIMIT, pack
 from deepstitch.runtime.disaggregated.identity import differences, model_identity
@@ -31,15 +29,15 @@ from deepstitch.runtime.disaggregated.messages import (
     Ping,
     Pong,
     Release,
-    Welcome,
     encode,
 )
 from deepstitch.runtime.disaggregated.multimodal_embedding import EncodeServer
 from deepstitch.runtime.embedding import EmbeddingTable
 from deepstitch.runtime.server.health import Health
 
-from .intruders import Stranger, held, settled, stranger
-from .pair import QUICK, TOKEN, conversation, encode_config, png, running
+from .clients import announced, encoded, guest, request, welcomed
+from .intruders import held, settled
+from .pair import QUICK, encode_config, png, running
 
 ROOMS = [f"{number:032x}" for number in range(64)]
 
@@ -53,44 +51,6 @@ def identity(plain_bundle: Path) -> ModelIdentity:
 @pytest.fixture(scope="module")
 def files(pictures: Any) -> list[bytes]:
     return [png(each) for each in pictures]
-
-
-@contextlib.asynccontextmanager
-async def guest(server: EncodeServer, identity: ModelIdentity) -> AsyncIterator[Caller]:
-    """A client that has the token and pings."""
-    caller, _ = await connect(
-        server.address, token=TOKEN, identity=identity, transports=("shm", "tcp"), deadlines=server.config.deadlines
-    )
-    try:
-        yield caller
-    finally:
-        await caller.close()
-
-
-async def welcomed(server: EncodeServer, identity: ModelIdentity) -> Stranger:
-    """One that has the token and says no more than it is told to."""
-    who = await stranger(server.address, identity)
-    who.send(who.hello(await who.challenge(), TOKEN))
-    assert isinstance(await receive(who.reader, REPLY_LIMIT), Welcome)
-    return who
-
-
-def request(room: str, files: list[bytes], messages: Any = None) -> EncodeRequest:
-    told = conversation("what is it?", len(files)) if messages is None else messages
-    return EncodeRequest(seq=0, room=room, attempt=0, messages=msgspec.json.encode(told), images=tuple(files))
-
-
-async def announced(caller: Caller, message: EncodeRequest) -> Announcement:
-    reply = await caller.call(message)
-    while isinstance(reply, Pending):
-        reply = await caller.call(EncodeRequest(seq=0, room=message.room, attempt=0, poll=True))
-    return reply
-
-
-async def encoded(server: EncodeServer) -> None:
-    """What was announced is encoded a little later."""
-    while server.waiting:
-        await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,15 @@
-"""What happens while the vision encoder or the decoder works: sizes go ahead of the rows, the release after them."""
+"""What happens while the vision encoder or the decoder works: sizes go ahead of the rows, the release after them.
+
+And what waits then: rows for landing blocks, but landing blocks never for rows.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +17,18 @@ import pytest
 
 from deepstitch.runtime.disaggregated import reception
 from deepstitch.runtime.disaggregated.channel import Caller
+from deepstitch.runtime.disaggregated.config import PoolConfig
 from deepstitch.runtime.disaggregated.conn_multimodal import link, sender
-from deepstitch.runtime.disaggregated.errors import PeerLost
-from deepstitch.runtime.disaggregated.messages import Release
+from deepstitch.runtime.disaggregated.errors import DeadlineExceeded, PeerLost
+from deepstitch.runtime.disaggregated.messages import Release, TransferInit
 from deepstitch.runtime.disaggregated.multimodal_embedding import EncodeServer
+from deepstitch.runtime.disaggregated.multimodal_language import LanguageServer
 from deepstitch.runtime.disaggregated.reception import Request
 from deepstitch.runtime.disaggregated.states import SenderState
 from deepstitch.runtime.disaggregated.trace import LANGUAGE, Trace
 from deepstitch.runtime.pipeline import Pipeline
 
-from .pair import ask, conversation, pair, png, same, soon
+from .pair import QUICK, ask, conversation, encode_config, language_config, pair, png, running, same, soon
 
 
 @pytest.fixture(scope="module")
@@ -49,29 +57,50 @@ def held_up(server: EncodeServer, go_on: threading.Event, *, fails: int = 0) -> 
     server._parts.encoder.features = slow  # type: ignore[method-assign]
 
 
-def test_blocks_are_found_while_a_picture_is_encoded(plain_bundle: Path, files: list[bytes], wanted: Any) -> None:
+@pytest.fixture
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[TransferInit]:
+    """Initial transfers that encode sides have been asked for."""
+    found: list[TransferInit] = []
+    handle = sender.Sender.handle
+
+    async def noted(self: sender.Sender, message: Any) -> Any:
+        if isinstance(message, TransferInit):
+            found.append(message)
+        return await handle(self, message)
+
+    monkeypatch.setattr(sender.Sender, "handle", noted)
+    return found
+
+
+def test_rows_are_asked_for_while_a_picture_is_encoded(
+    plain_bundle: Path, files: list[bytes], wanted: Any, asked_for: list[TransferInit]
+) -> None:
     async def run() -> Any:
         async with pair(plain_bundle) as (encode, language):
             go_on = threading.Event()
             held_up(encode, go_on)
             asked = asyncio.create_task(ask(language, "what is it?", files[:1]))
-            assert await soon(lambda: not language.pool.idle)
+            assert await soon(lambda: bool(asked_for))
             (room,) = encode._rooms.values()
-            assert room.machine.state is SenderState.BOOTSTRAPPING and encode.pool.idle
+            assert room.machine.state is SenderState.BOOTSTRAPPING
+            assert encode.pool.idle and language.pool.idle
             await asyncio.sleep(1.2)  # long enough for Pending
+            assert language.pool.idle
             go_on.set()
             return await asked
 
     assert same(asyncio.run(run()), wanted)
 
 
-def test_an_encoder_that_fails_when_it_has_told_the_sizes(plain_bundle: Path, files: list[bytes], wanted: Any) -> None:
+def test_an_encoder_that_fails_when_it_has_told_the_sizes(
+    plain_bundle: Path, files: list[bytes], wanted: Any, asked_for: list[TransferInit]
+) -> None:
     async def run() -> Any:
         async with pair(plain_bundle) as (encode, language):
             go_on = threading.Event()
             held_up(encode, go_on, fails=1)
             asked = asyncio.create_task(ask(language, "what is it?", files[:1]))
-            assert await soon(lambda: not language.pool.idle)
+            assert await soon(lambda: bool(asked_for))
             go_on.set()
             answer = await asked
             assert b'attempts_total{outcome="encode_failed"} 1.0' in language.metrics.text()
@@ -80,17 +109,127 @@ def test_an_encoder_that_fails_when_it_has_told_the_sizes(plain_bundle: Path, fi
     assert same(asyncio.run(run()), wanted)
 
 
-def test_a_client_that_goes_away_while_its_picture_is_encoded(plain_bundle: Path, files: list[bytes]) -> None:
+def test_a_client_that_goes_away_while_its_picture_is_encoded(
+    plain_bundle: Path, files: list[bytes], asked_for: list[TransferInit]
+) -> None:
     async def run() -> None:
         async with pair(plain_bundle) as (encode, language):
             go_on = threading.Event()
             held_up(encode, go_on)
             asked = asyncio.create_task(ask(language, "what is it?", files[:1]))
-            assert await soon(lambda: not language.pool.idle)
+            assert await soon(lambda: bool(asked_for))
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
             assert await soon(lambda: language.pool.idle and not encode._rooms)
             go_on.set()
+
+    asyncio.run(run())
+
+
+def test_a_slow_encoder_does_not_hold_up_another(plain_bundle: Path, files: list[bytes], wanted: Any) -> None:
+    """There are landing blocks for one request; the picture at the second encode process is answered meanwhile."""
+    go_on = {name: threading.Event() for name in "ab"}
+
+    async def run(folder: Path) -> None:
+        for name in go_on:
+            (folder / name).mkdir()
+        servers = {name: EncodeServer(encode_config(plain_bundle, "shm", str(folder / name))) for name in go_on}
+        async with running(servers["a"]), running(servers["b"]):
+            for name, server in servers.items():
+                held_up(server, go_on[name])
+            blocks = -(-wanted.prompt_tokens // 16)
+            config = language_config(
+                plain_bundle,
+                *[server.address for server in servers.values()],
+                pool=PoolConfig(block_tokens=16, blocks=blocks, deepstack_blocks=blocks),
+            )
+            async with running(LanguageServer(config)) as language:
+                assert len(language._encoders.connected) == 2
+                slow = asyncio.create_task(ask(language, "what is it?", files[:1]))
+                rooms = {name: server._rooms for name, server in servers.items()}
+                assert await soon(lambda: any(room._announcement for each in rooms.values() for room in each.values()))
+                await asyncio.sleep(0.05)  # the answer to the sizes has come
+                (idle,) = (name for name in rooms if not rooms[name])
+                go_on[idle].set()
+                quick = await asyncio.wait_for(ask(language, "what is it?", files[:1]), 5)
+                assert same(quick, wanted) and not slow.done() and language.pool.idle
+                for event in go_on.values():
+                    event.set()
+                assert same(await slow, wanted)
+                assert await soon(lambda: language.idle and all(server.idle for server in servers.values()))
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            asyncio.run(run(Path(folder)))
+    finally:
+        for event in go_on.values():
+            event.set()
+
+
+async def starved(encode: EncodeServer, language: LanguageServer, file: bytes) -> Any:
+    """A request whose rows lie ready, with no landing blocks for them; and who is in the way."""
+    pool = language.pool
+    rows = [each.total * pool.layout.block_tokens for each in (pool.tokens, pool.deepstack)]
+    await pool.acquire("stranger", *rows)
+    asked = asyncio.create_task(ask(language, "what is it?", [file]))
+    ready = [SenderState.TRANSFERRING]
+    assert await soon(lambda: [room.machine.state for room in encode._rooms.values()] == ready)
+    await asyncio.sleep(0.05)  # it has heard so
+    assert pool._queue
+    return asked
+
+
+def served(language: LanguageServer) -> Callable[[str], bool]:
+    """Whether exactly one attempt had this outcome."""
+    return lambda outcome: f'attempts_total{{outcome="{outcome}"}} 1.0' in language.metrics.text().decode()
+
+
+def test_rows_are_kept_while_they_wait_for_landing_blocks(plain_bundle: Path, files: list[bytes], wanted: Any) -> None:
+    deadlines = {"deadlines": dataclasses.replace(QUICK, lease=0.4)}
+
+    async def run() -> Any:
+        async with pair(plain_bundle, encode=deadlines) as (encode, language):
+            asked = await starved(encode, language, files[0])
+            await asyncio.sleep(1.5)
+            assert not encode.pool.idle
+            language.pool.release("stranger")
+            answer = await asked
+            assert served(language)("ok") and language.metrics.text().count(b"attempts_total{") == 1
+            return answer
+
+    assert same(asyncio.run(run()), wanted)
+
+
+def test_a_peer_that_goes_while_its_rows_wait_for_landing_blocks(
+    plain_bundle: Path, files: list[bytes], wanted: Any
+) -> None:
+    async def run() -> Any:
+        async with pair(plain_bundle) as (encode, language):
+            asked = await starved(encode, language, files[0])
+            (peer,) = encode._peers
+            peer.cancel()
+            assert await soon(lambda: served(language)("peer_lost"))
+            language.pool.release("stranger")
+            return await asked
+
+    assert same(asyncio.run(run()), wanted)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "too late"])
+def test_nobody_waits_for_landing_blocks_for_ever(plain_bundle: Path, files: list[bytes], how: str) -> None:
+    deadlines = {"deadlines": dataclasses.replace(QUICK, request=1.0 if how == "too late" else 30.0)}
+
+    async def run() -> None:
+        async with pair(plain_bundle, language=deadlines) as (encode, language):
+            asked = await starved(encode, language, files[0])
+            if how == "cancelled":
+                asked.cancel()
+            (outcome,) = await asyncio.wait_for(asyncio.gather(asked, return_exceptions=True), 5)
+            assert isinstance(outcome, asyncio.CancelledError if how == "cancelled" else DeadlineExceeded)
+            assert await soon(lambda: encode.idle and not language.pool._queue)
+            assert set(language.pool.tokens.owners) == {"stranger"}
+            language.pool.release("stranger")
+            assert language.pool.idle
 
     asyncio.run(run())
 

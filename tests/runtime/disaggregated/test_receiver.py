@@ -11,7 +11,7 @@ import pytest
 from deepstitch.runtime.disaggregated.buffers import BufferLayout
 from deepstitch.runtime.disaggregated.config import Address
 from deepstitch.runtime.disaggregated.conn_multimodal.receiver import Receiver, ReceiverTools
-from deepstitch.runtime.disaggregated.errors import DisaggregationError, PeerLost, RequestRefused
+from deepstitch.runtime.disaggregated.errors import DisaggregationError, PeerLost, ProtocolError, RequestRefused
 from deepstitch.runtime.disaggregated.faults import Faults
 from deepstitch.runtime.disaggregated.messages import (
     Announcement,
@@ -32,8 +32,8 @@ REQUEST = EncodeRequest(seq=0, room="ab" * 16, attempt=0, images=(b"x",))
 NAMES = {"seq": 0, "room": REQUEST.room, "attempt": 0}
 STAGES = {EncodeRequest: "encode", TransferInit: "init", TransferResume: "resume", Received: "received"}
 WAYS: list[tuple[str, str]] = [("nowhere", "")]
-WAYS += [(stage, how) for stage in ("encode", "blocks", "init", "received", "release") for how in ("lost", "cancelled")]
-WAYS += [(stage, "refused") for stage in ("encode", "blocks", "init", "received")]
+WAYS += [(stage, how) for stage in ("encode", "init", "blocks", "received", "release") for how in ("lost", "cancelled")]
+WAYS += [(stage, "refused") for stage in ("encode", "sizes", "init", "blocks", "received")]
 WAYS += [("read", how) for how in ("lost", "cancelled")]
 
 
@@ -52,13 +52,13 @@ class FarSide:
     async def call(self, message: Any) -> Any:
         await self.at(STAGES.get(type(message), "release"))
         if isinstance(message, EncodeRequest):
-            rows = 2 if (self.stage, self.how) == ("blocks", "refused") else 1  # there is one block
+            rows = 2 if self.stage == "sizes" else 1  # there is one block
             item = Item(key="00", grid=(1, 2, 2))
-            if self.stage == "blocks":
-                asyncio.get_running_loop().call_later(0.02, self.go)
             return Announcement(**NAMES, total_tokens=2, deepstack_rows=rows, rope_delta=0, items=(item,))
         if isinstance(message, (TransferInit, TransferResume)):
             start = getattr(message, "sent_tokens", 0)
+            if self.stage == "blocks":
+                asyncio.get_running_loop().call_later(0.02, self.go)
             blocks = () if start else (0,)
             words = (1,) * (1 + len(blocks))
             return TransferReady(
@@ -87,8 +87,8 @@ class FarSide:
 
     def go(self) -> None:
         self.reached.set()
-        if self.how == "lost":
-            self.lost.set_result(PeerLost("on purpose"))
+        if self.how != "cancelled":
+            self.lost.set_result(PeerLost("on purpose") if self.how == "lost" else ProtocolError("on purpose"))
 
     def attend(self, farewell: Any) -> None:
         self.released = asyncio.create_task(farewell())
@@ -104,7 +104,7 @@ async def take(stage: str, how: str, monkeypatch: pytest.MonkeyPatch) -> set[tup
     monkeypatch.setattr(Machine, "on", lambda self, event: (used.append((self.state, event)), move(self, event))[1])
     monkeypatch.setattr(Receiver, "_accept", lambda *_: None)
     pool = BlockPool(LAYOUT, np.zeros(LAYOUT.nbytes, np.uint8))
-    if stage == "blocks" and how != "refused":
+    if stage == "blocks":
         pool.tokens.allocate("stranger", 1)
     far: Any = FarSide(stage, how)
     tools = ReceiverTools(
