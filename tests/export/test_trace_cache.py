@@ -44,10 +44,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
-def test_bundles_are_the_same(
-    checkpoints: Callable[..., Checkpoint], folder: Path, tmp_path: Path, target: str
-) -> None:
+def test_bundles_are_the_same(checkpoints: Callable[..., Checkpoint], folder: Path, tmp_path: Path) -> None:
     """Byte for byte, whether the graphs were traced just now or long ago."""
     found = []
     for attempt in ("traced", "kept"):
